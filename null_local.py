@@ -60,6 +60,7 @@ class LocalWorker:
 
     number: int
     port: int
+    http_port: int
     control_port: int
     folder: str
     started_at: float = field(default_factory=time.time)
@@ -178,13 +179,15 @@ class LocalVast:
     async def start_worker(self, environment: dict[str, str] | None = None, script: str = WORKER) -> LocalWorker:
         """Start one more worker process, whatever the load. It is ready when its `state` says so."""
         self._last_worker += 1
-        taken = {port for worker in self.workers.values() for port in (worker.port, worker.control_port)}
+        taken = {
+            port for worker in self.workers.values() for port in (worker.port, worker.http_port, worker.control_port)
+        }
         port, http_port, control_port = _free_ports(3, taken)
         if self.control_port and self.control_port not in taken and _is_free(self.control_port):
             control_port = self.control_port
         folder = os.path.join(self._folder.name, str(self._last_worker))
         os.mkdir(folder)
-        worker = self.workers[self._last_worker] = LocalWorker(self._last_worker, port, control_port, folder)
+        worker = self.workers[self._last_worker] = LocalWorker(self._last_worker, port, http_port, control_port, folder)
         environment = {
             **{name: value for name, value in os.environ.items() if name not in OF_THE_INSTANCE},
             "CONTAINER_ID": str(worker.number),

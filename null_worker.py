@@ -274,9 +274,14 @@ class Framework:
                     self._metrics._request_success(request)
                 finally:
                     self._metrics._request_end(request)
+                    self._report_again()
         finally:
             closed = await self._close_session(session_id)
         return closed
+
+    def _report_again(self) -> None:
+        # The framework forgets a change that comes while a report is under way, and would tell it 10 s later.
+        asyncio.get_running_loop().call_later(1.0, setattr, self._metrics, "update_pending", True)
 
     async def release(self, session_id: str | None = None) -> tuple[int, dict]:
         """End that session, or whichever is open; status and JSON as `/release` answers them."""
@@ -333,6 +338,7 @@ class Framework:
             response = await handler(_Checked(body, request.transport))
             if response.status == 201:
                 log.info("reserved %s", response.text)
+                self._report_again()
             return response
 
         return guard
@@ -396,6 +402,7 @@ class ControlServer(socketserver.ThreadingTCPServer):
 class ControlHandler(BaseHTTPRequestHandler):
     server: ControlServer
     timeout = IDLE_CONNECTION
+    default_request_version = "HTTP/1.0"  # garbage gets a status line too
     wbufsize = -1  # headers and body in one packet: two would meet Nagle's algorithm and a delayed acknowledgement
 
     def __getattr__(self, name: str) -> Callable:

@@ -1,0 +1,891 @@
+"""What the null worker, its client and LocalVast promise, proved on real processes over real HTTP.
+
+The workers of the `vast` fixture are shared, and each test finds all of them free; a test that ends, breaks or
+configures one starts its own. Seconds in assertions are bounds of the contract or generous; nothing here times speed.
+"""
+
+import asyncio
+import contextlib
+import gzip
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+import null_client
+import null_worker
+from null_client import NotReserved, WorkerLost, keep_alive_due, reserve
+from null_local import LocalVast, LocalWorker
+from null_worker import Settings, StartupError
+
+HERE = Path(__file__).parent
+WORKERS = 3
+ON_VAST = {
+    "CONTAINER_ID": "1",
+    "PUBLIC_IPADDR": "127.0.0.1",
+    "REPORT_ADDR": "http://127.0.0.1:9",
+    "WORKER_PORT": "3000",
+    "VAST_TCP_PORT_3000": "3000",
+}
+BARE = {name: value for name, value in os.environ.items() if not name.startswith(("VAST", "NULL_", "BACKEND_"))}
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(scope="module")
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def shared_vast():
+    async with LocalVast(max_workers=WORKERS, inactivity_timeout=3600, control_port=None) as vast:
+        yield vast
+
+
+@pytest.fixture
+async def vast(shared_vast):
+    """LocalVast with its workers ready and free, and an empty record."""
+    for _ in range(WORKERS - len(shared_vast.workers)):
+        await shared_vast.start_worker()
+    await eventually(lambda: all(worker.free for worker in shared_vast.workers.values()))
+    for record in (shared_vast.reports, shared_vast.ended, shared_vast.failing_polls):
+        record.clear()
+    yield shared_vast
+    shared_vast.overbooked = False
+    for worker in list(shared_vast.workers.values()):
+        with contextlib.suppress(aiohttp.ClientError):
+            await post(f"{worker.control_url}/release")
+
+
+@pytest.fixture
+def worker(vast):
+    return next(iter(vast.workers.values()))
+
+
+async def eventually(condition, timeout=30.0):
+    """Wait for the condition to hold, and return what it gave."""
+    deadline = time.monotonic() + timeout
+    while True:
+        result = condition()
+        if asyncio.iscoroutine(result):
+            result = await result
+        if result:
+            return result
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        await asyncio.sleep(0.02)
+
+
+async def request(method, url, **options):
+    """Status, headers and JSON of one request on a connection of its own."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http:
+        async with http.request(method, url, **options) as response:
+            text = await response.text()
+            return response.status, response.headers, json.loads(text) if text else None
+
+
+async def post(url, **options):
+    status, _, answer = await request("POST", url, **options)
+    return status, answer
+
+
+async def create(vast, worker, auth=None, lifetime=60, **payload):
+    body = {"auth_data": auth or vast.auth_data(worker), "payload": {"lifetime": lifetime, **payload}}
+    return await post(f"{worker.url}/session/create", json=body)
+
+
+async def session(vast, worker, **payload):
+    status, answer = await create(vast, worker, **payload)
+    assert status == 201, (status, answer)
+    return answer["session_id"]
+
+
+async def release(worker, session_id=None):
+    query = "" if session_id is None else f"?session_id={session_id}"
+    return await post(f"{worker.control_url}/release{query}")
+
+
+async def fresh(vast, environment=None, **options) -> LocalWorker:
+    worker = await vast.start_worker(environment, **options)
+    await eventually(lambda: worker.state == "ready")
+    return worker
+
+
+async def exit_status(worker, timeout=20.0):
+    return await asyncio.wait_for(worker.process.wait(), timeout)
+
+
+def statuses(vast):
+    return [ended["status"] for ended in vast.ended]
+
+
+@contextlib.asynccontextmanager
+async def server(*routes):
+    """An HTTP server of the user's own, a consumer say; gives its origin."""
+    app = web.Application()
+    app.add_routes(routes)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def consumer_health(statuses):
+    async def health(request):
+        return web.Response(status=statuses[request.match_info["name"]])
+
+    return web.get("/{name}", health)
+
+
+class Callbacks:
+    """The receiver of on_close callbacks, which can be made to hang."""
+
+    def __init__(self, hang=False):
+        self.bodies, self.let_go = [], asyncio.Event()
+        if not hang:
+            self.let_go.set()
+        self.route = web.post("/closed", self.receive)
+
+    async def receive(self, request):
+        self.bodies.append(await request.json())
+        await self.let_go.wait()
+        return web.json_response({})
+
+
+# null_worker.py: settings
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"NULL_CONTROL_PORT": "0"}, "NULL_CONTROL_PORT is '0', should be a port, 1-65535"),
+        ({"NULL_CONTROL_PORT": "65536"}, "NULL_CONTROL_PORT is '65536', should be a port"),
+        ({"NULL_CONTROL_PORT": "18 999"}, "NULL_CONTROL_PORT is '18 999', should be a port"),
+        ({"NULL_CONTROL_PORT": "-1"}, "NULL_CONTROL_PORT is '-1', should be a port"),
+        ({"NULL_CONTROL_PORT": "٣"}, "NULL_CONTROL_PORT is '٣', should be a port"),
+        ({"NULL_CONTROL_PORT": "9" * 5000}, "should be a port"),
+        ({"NULL_CONTROL_PORT": "3000"}, "NULL_CONTROL_PORT is '3000', should be another port than WORKER_PORT"),
+        ({"NULL_CONTROL_PORT": "3001"}, "should be another port than WORKER_PORT and WORKER_HTTP_PORT"),
+        ({"NULL_CONTROL_PORT": "4000", "WORKER_HTTP_PORT": "4000"}, "should be another port than WORKER_PORT"),
+        ({"WORKER_HTTP_PORT": "3000"}, "WORKER_HTTP_PORT is '3000', should be another port than WORKER_PORT"),
+        ({"WORKER_HTTP_PORT": "x"}, "WORKER_HTTP_PORT is 'x', should be a port"),
+        ({"WORKER_PORT": "65535", "VAST_TCP_PORT_65535": "1"}, "WORKER_HTTP_PORT is '65536', should be a port"),
+        ({"WORKER_PORT": "http", "VAST_TCP_PORT_http": "1"}, "WORKER_PORT is 'http', should be a port"),
+        ({"VAST_TCP_PORT_3000": "no"}, "VAST_TCP_PORT_3000 is 'no', should be a port"),
+        ({"CONTAINER_ID": "abc"}, "CONTAINER_ID is 'abc', should be a number"),
+        ({"UNSECURED": "maybe"}, "UNSECURED is 'maybe', should be true or false"),
+        ({"BACKEND_HEALTH_URL": "/health"}, "BACKEND_HEALTH_URL is '/health', should be an absolute http"),
+        ({"BACKEND_HEALTH_URL": "ftp://a/h"}, "BACKEND_HEALTH_URL is 'ftp://a/h', should be an absolute http"),
+        ({"BACKEND_HEALTH_URL": "http://"}, "BACKEND_HEALTH_URL is 'http://', should be an absolute http"),
+        ({"BACKEND_HEALTH_URL": "http://[/h"}, "BACKEND_HEALTH_URL is 'http://[/h', should be an absolute http"),
+        ({"BACKEND_HEALTH_URL": "http://a:99999/"}, "should be an absolute http"),
+        ({"BACKEND_HEALTH_URL": "http://localhost:18999/health"}, "the consumer's own, not the control server's"),
+        ({"BACKEND_HEALTH_URL": "http://[::1]:77/", "NULL_CONTROL_PORT": "77"}, "not the control server's"),
+        ({"BACKEND_HEALTH_URL": "http://127.0.0.1", "NULL_CONTROL_PORT": "80"}, "not the control server's"),
+        ({"CONTAINER_ID": "", "REPORT_ADDR": ""}, "CONTAINER_ID, REPORT_ADDR not set"),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_value_and_what_it_should_be(change, line):
+    with pytest.raises(StartupError, match=re.escape(line)):
+        Settings.from_environment({**ON_VAST, **change})
+
+
+def test_good_settings_are_taken():
+    assert Settings.from_environment(ON_VAST) == Settings(18999, None, "127.0.0.1")
+    consumer = {**ON_VAST, "PUBLIC_IPADDR": "1.2.3.4", "BACKEND_HEALTH_URL": "https://u:p@[fd00::1]/h?x=1"}
+    settings = Settings.from_environment({**consumer, "NULL_CONTROL_PORT": "", "UNSECURED": "True"})
+    assert settings == Settings(18999, "https://u:p@[fd00::1]/h?x=1", None)
+    assert settings.callback_origin == ("https://[fd00::1]", 443)
+    assert Settings.from_environment(ON_VAST).callback_origin == ("http://127.0.0.1", 18999)
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({**ON_VAST, "NULL_CONTROL_PORT": "99999"}, "NULL_CONTROL_PORT is '99999', should be a port, 1-65535"),
+        (
+            {},
+            "not a Vast Serverless instance, CONTAINER_ID, PUBLIC_IPADDR, REPORT_ADDR, WORKER_PORT, "
+            "VAST_TCP_PORT_<WORKER_PORT> not set; to run it off Vast: python null_client.py --local",
+        ),
+    ],
+)
+def test_a_worker_that_cannot_start_says_so_in_one_line(environment, line):
+    command = [sys.executable, HERE / "null_worker.py"]
+    done = subprocess.run(command, env=BARE | environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"null_worker: {line}\n", "")
+
+
+def test_an_unknown_sdk_is_refused_in_one_line():
+    driver = (
+        "import runpy, sys\n"
+        "from vastai.serverless.server.lib.backend import Backend\n"
+        "del Backend._Backend__close_session\n"
+        f"runpy.run_path({str(HERE / 'null_worker.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", driver], env=BARE | ON_VAST, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("null_worker: ")]
+    assert "_Backend__close_session" in line and "1.3 up to below 2" in line
+    assert "Traceback" not in done.stderr
+
+
+# null_worker.py: reservations
+
+
+async def test_the_sdk_reserves_and_the_autoscaler_is_told(vast):
+    async with vast.client(max_poll_interval=1.0) as client:
+        endpoint = await client.get_endpoint(vast.endpoint_name)
+        reserved = await endpoint.session(cost=100, lifetime=60)
+        await eventually(lambda: any(report["cur_load"] == 100 for report in vast.reports))
+        await reserved.close()
+        await eventually(lambda: vast.reports[-1]["cur_load"] == 0)
+    await eventually(lambda: statuses(vast) == ["Success"])
+    assert {report["max_perf"] for report in vast.reports} == {100.0}
+    assert {report["cur_load"] for report in vast.reports} <= {0, 100}
+    assert not any(report["rej_load"] or report["error_msg"] for report in vast.reports)
+
+
+@pytest.mark.parametrize("by", ["release", "session/end", "HTTP-only session/end", "expiry"])
+async def test_every_end_of_a_reservation_is_a_success(vast, worker, by):
+    auth = vast.auth_data(worker)
+    session_id = await session(vast, worker, auth=auth, lifetime=60 if by != "expiry" else 3)
+    await eventually(lambda: worker.report["cur_load"] == 100)
+    if by == "release":
+        assert await release(worker) == (200, {"released": True, "session_ids": [session_id]})
+    elif by != "expiry":
+        port = worker.http_port if by.startswith("HTTP") else worker.port
+        body = {"session_id": session_id, "session_auth": auth}
+        assert (await post(f"http://127.0.0.1:{port}/session/end", json=body))[0] == 200
+    await eventually(lambda: worker.report["cur_load"] == 0 and vast.ended)
+    assert [(ended["request_idx"], ended["status"]) for ended in vast.ended] == [(auth["request_idx"], "Success")]
+    assert vast.ended[0]["success"] is True
+
+
+async def test_one_session_at_a_time(vast, worker):
+    first = await session(vast, worker)
+    assert (await create(vast, worker))[0] == 429
+    assert await release(worker, first) == (200, {"released": True, "session_ids": [first]})
+    second = await session(vast, worker)
+    assert second != first
+
+
+async def test_of_many_creates_at_once_one_gets_in_and_of_many_releases_one_releases(vast, worker):
+    got = await asyncio.gather(*(create(vast, worker) for _ in range(200)))
+    assert sorted(status for status, _ in got) == [201] + [429] * 199
+    answers = await asyncio.gather(*(release(worker) for _ in range(100)))
+    assert all(status == 200 for status, _ in answers)
+    assert [answer["released"] for _, answer in answers].count(True) == 1
+    assert {answer.get("reason") for _, answer in answers} == {None, "no active session"}
+
+
+async def test_a_late_consumer_cannot_release_its_successor(vast, worker):
+    first = await session(vast, worker)
+    await release(worker, first)
+    second = await session(vast, worker)
+    refused = (200, {"released": False, "reason": "session ID is not active"})
+    assert await release(worker, first) == refused
+    assert await release(worker, "") == refused  # a shell variable that isn't set
+    assert (await post(f"{worker.control_url}/release?session={first}"))[0] == 400
+    assert (await post(f"{worker.control_url}/release?session_id={first}&session_id={second}"))[0] == 400
+    assert await release(worker, second) == (200, {"released": True, "session_ids": [second]})
+
+
+async def test_a_ping_extends_the_session_and_adds_no_load(vast, worker):
+    auth = vast.auth_data(worker)
+    session_id = await session(vast, worker, auth=auth, lifetime=60)
+    about = {"session_id": session_id, "session_auth": auth}
+    before = (await post(f"{worker.url}/session/get", json=about))[1]["expiration"]
+    await eventually(lambda: worker.report["cur_load"] == 100)
+    vast.reports.clear()
+    ping = {"auth_data": auth, "session_id": session_id, "payload": {}}
+    assert await post(f"{worker.url}/ping", json=ping) == (200, {"result": {}})
+    assert (await post(f"{worker.url}/session/get", json=about))[1]["expiration"] == before + 60
+    report = await eventually(lambda: [report for report in vast.reports if report["id"] == worker.number])
+    assert (report[0]["cur_load"], report[0]["new_load"], report[0]["cur_perf"]) == (100, 0, 0)
+    # Outside its session, with the very signature that opened it, a ping would take the session's load away.
+    assert (await post(f"{worker.url}/ping", json={"auth_data": auth, "payload": {}}))[0] == 422
+    forged = {**ping, "auth_data": {**auth, "signature": ""}}
+    assert (await post(f"{worker.url}/ping", json=forged))[0] == 401
+    assert (await post(f"{worker.url}/session/get", json=about))[1]["expiration"] == before + 60
+
+
+async def test_a_hung_callback_holds_up_nothing_but_its_own_release(vast, worker):
+    callbacks = Callbacks(hang=True)
+    async with server(callbacks.route) as origin:
+        session_id = await session(vast, worker, on_close_route=f"{origin}/closed", on_close_payload={"job": 7})
+        await eventually(lambda: worker.report["cur_load"] == 100)
+        start = time.monotonic()
+        releasing = asyncio.ensure_future(release(worker))
+        await eventually(lambda: callbacks.bodies)
+        assert callbacks.bodies == [{"job": 7, "session_id": session_id}]
+        assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
+        successor = await session(vast, worker)
+        await eventually(lambda: statuses(vast) == ["Success"])  # told while the callback still hangs
+        assert not releasing.done()
+        assert await releasing == (200, {"released": True, "session_ids": [session_id]})
+        assert time.monotonic() - start < 13  # the framework's bound is 10
+        assert max(report["cur_load"] for report in vast.reports) == 100
+        assert await release(worker, successor) == (200, {"released": True, "session_ids": [successor]})
+        callbacks.let_go.set()
+
+
+async def test_a_caller_that_hangs_up_does_not_leave_the_load_behind(vast, worker):
+    callbacks = Callbacks(hang=True)
+    async with server(callbacks.route) as origin:
+        auth = vast.auth_data(worker)
+        session_id = await session(vast, worker, auth=auth, on_close_route=f"{origin}/closed")
+        await eventually(lambda: worker.report["cur_load"] == 100)
+        body = {"session_id": session_id, "session_auth": auth}
+        ending = asyncio.ensure_future(post(f"{worker.url}/session/end", json=body))
+        await eventually(lambda: callbacks.bodies)
+        ending.cancel()
+        await eventually(lambda: worker.report["cur_load"] == 0 and statuses(vast) == ["Success"])
+        callbacks.let_go.set()
+
+
+async def test_a_relative_callback_goes_to_the_consumer(vast):
+    callbacks = Callbacks()
+    async with server(callbacks.route, consumer_health({"health": 200})) as origin:
+        worker = await fresh(vast, {"BACKEND_HEALTH_URL": f"{origin}/health"})
+        assert (await request("GET", f"{worker.control_url}/health"))[0] == 404
+        session_id = await session(vast, worker, on_close_route="/closed")
+        await release(worker)
+        assert callbacks.bodies == [{"session_id": session_id}]
+        worker.process.terminate()
+        assert await exit_status(worker) == 0
+
+
+async def test_a_metrics_step_that_raises_leaves_the_worker_free(vast, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import runpy\n"
+        "from vastai.serverless.server.lib.metrics import Metrics\n"
+        "def broken(self, request): raise RuntimeError('metrics are broken')\n"
+        "Metrics._request_success = broken\n"
+        f"runpy.run_path({str(HERE / 'null_worker.py')!r}, run_name='__main__')\n"
+    )
+    worker = await fresh(vast, script=str(script))
+    session_id = await session(vast, worker)
+    await eventually(lambda: worker.report["cur_load"] == 100)
+    status, answer = await release(worker)
+    assert status == 500 and "RuntimeError: metrics are broken" in answer["reason"]
+    assert (answer["released"], answer["session_ids"]) == (True, [session_id])
+    await eventually(lambda: worker.report["cur_load"] == 0, timeout=30)
+    await session(vast, worker)
+    log = Path(worker.folder, "log").read_text()
+    assert "Traceback" in log and f"closing session={session_id} failed" in log
+    worker.process.kill()
+    await exit_status(worker)
+
+
+async def test_the_consumers_health_decides(vast):
+    answer = {"well": 200, "sick": 503}
+    async with server(consumer_health(answer)) as origin:
+        sick = await vast.start_worker({"BACKEND_HEALTH_URL": f"{origin}/sick"})
+        well = await fresh(vast, {"BACKEND_HEALTH_URL": f"{origin}/well"})
+        assert (await request("GET", f"{well.control_url}/health"))[0] == 404
+        answer["well"] = 500
+        await eventually(lambda: "Healthcheck failed with status: 500" in well.report["error_msg"], timeout=40)
+        assert sick.state == "loading" and all(not r["max_perf"] for r in vast.reports if r["id"] == sick.number)
+        sick.process.terminate()
+        assert (await exit_status(sick), await exit_status(well)) == (0, 0)
+
+
+async def test_a_taken_control_port_is_the_workers_error(vast):
+    async with server() as origin:
+        worker = await vast.start_worker({"NULL_CONTROL_PORT": origin.rpartition(":")[2]})
+        await eventually(lambda: worker.report.get("error_msg"))
+        assert "Address already in use" in worker.report["error_msg"]
+        assert await exit_status(worker) == 0
+
+
+# null_worker.py: the session guard
+
+WRONG = {str: [None, 1, True, [], {}], int: [None, "1", 1.5, True, [], {}], float: [None, "1", True, [], {}]}
+AUTH = {"cost": float, "endpoint": str, "reqnum": int, "request_idx": int, "signature": str, "url": str}
+LIFETIMES = [None, "60", True, [], {}, 0, -1, -0.0, math.nan, math.inf, -math.inf, 10**400]
+ROUTES = [1, True, [], {}, "", "closed", "ftp://host/x", "http://", "http://[", "javascript:alert(1)"]
+
+
+def malformed():
+    """(what, change of the body) for every way to spoil one field."""
+    for name, kind in AUTH.items():
+        yield f"auth_data.{name}", lambda body, name=name: body["auth_data"].pop(name)
+        for wrong in WRONG[kind]:
+            yield f"auth_data.{name}", lambda body, name=name, wrong=wrong: body["auth_data"].update({name: wrong})
+    for cost in (-1, -0.5, math.nan, math.inf, -math.inf, 10**400):
+        yield "auth_data.cost", lambda body, cost=cost: body["auth_data"].update(cost=cost)
+    for name in ("auth_data", "payload"):
+        yield name, lambda body, name=name: body.pop(name)
+        for wrong in (None, 1, True, "x", []):
+            yield name, lambda body, name=name, wrong=wrong: body.update({name: wrong})
+    for lifetime in LIFETIMES:
+        yield "payload.lifetime", lambda body, lifetime=lifetime: body["payload"].update(lifetime=lifetime)
+    for route in ROUTES:
+        yield "payload.on_close_route", lambda body, route=route: body["payload"].update(on_close_route=route)
+
+
+RAW = [
+    (422, b""),
+    (422, b"not json"),
+    (422, b"{"),
+    (422, b"[]"),
+    (422, b"null"),
+    (422, b"0"),
+    (422, b'"x"'),
+    (422, b"\xff\xfe\xff"),
+    (422, b'{"auth_data": "\xc3\x28"}'),
+    (422, b"[" * 500_000),
+    (422, b'{"auth_data":' * 50_000),
+    (422, b'{"payload": {"lifetime": ' + b"9" * 5000 + b"}}"),
+    (413, b" " * ((1 << 20) + 1)),
+    (413, b'{"auth_data": "' + b"x" * (3 << 20)),
+]
+
+
+async def test_no_malformed_create_gets_in_or_leaves_a_trace(vast, worker):
+    url, count = f"{worker.url}/session/create", 0
+
+    async def refused(expected, named="", **options):
+        nonlocal count
+        count += 1
+        status, answer = await post(url, **options)
+        assert status == expected and named in json.dumps(answer), (named, str(options)[:200], status, answer)
+        await session(vast, worker)  # at once
+        assert (await release(worker))[1]["released"] is True
+
+    for named, spoil in malformed():
+        body = {"auth_data": vast.auth_data(worker), "payload": {"lifetime": 60}}
+        spoil(body)
+        await refused(422, f'"{named}"', json=body)
+    for expected, raw in RAW:
+        await refused(expected, data=raw)
+
+        async def chunks(raw=raw):
+            yield raw
+
+        await refused(expected, data=chunks())  # without a Content-Length
+    good = json.dumps({"auth_data": vast.auth_data(worker), "payload": {}}).encode()
+    await refused(422, data=good, headers={"Content-Type": "application/json; charset=no-such"})
+    await refused(422, data=good.decode().encode("utf-16"))
+    await refused(422, data=b"not gzip", headers={"Content-Encoding": "gzip"})
+    bomb = gzip.compress(b" " * (64 << 20))
+    await refused(413, data=bomb, headers={"Content-Encoding": "gzip"})
+    assert count > 100
+
+    # Whatever they claimed, the autoscaler heard only of the sessions in between.
+    await eventually(lambda: len(vast.ended) == count)
+    assert set(statuses(vast)) == {"Success"}
+    assert not any(report["rej_load"] or report["error_msg"] for report in vast.reports)
+    assert sum(report["new_load"] for report in vast.reports) <= 100 * count
+
+
+async def test_a_create_that_says_less_than_the_sdk_gets_in(vast, worker):
+    body = {"auth_data": vast.auth_data(worker, cost=0) | {"more": 1}, "payload": {}}
+    assert (await post(f"{worker.url}/session/create", json=body))[0] == 201
+
+
+async def test_only_the_routers_signature_gets_in(vast, worker):
+    good = vast.auth_data(worker)
+    other = LocalVast()
+    for signature in ("", "garbage", "¡no base64!", "\ud800", other.sign(worker.url), vast.sign("http://other:1")):
+        assert (await create(vast, worker, auth={**good, "signature": signature}))[0] == 401, signature
+    assert (await create(vast, worker, auth={**good, "url": "http://other:1"}))[0] == 401
+    await session(vast, worker, auth=good)
+    assert "UNSECURED=true" in Path(worker.folder, "log").read_text()
+    await eventually(lambda: worker.report["cur_load"] == 100)
+    assert sum(report["rej_load"] for report in vast.reports) == 0
+    assert sum(report["new_load"] for report in vast.reports) <= 100
+
+
+async def test_before_the_public_key_is_there_creates_are_told_to_come_again():
+    async with LocalVast(control_port=None) as vast:
+        vast.publish_key = False
+        worker = await fresh(vast)
+        status, answer = await create(vast, worker)
+        assert status == 503 and "public key" in answer["error"]
+        vast.publish_key = True
+        await eventually(lambda: created(vast, worker))
+
+
+async def created(vast, worker):
+    status, _ = await create(vast, worker)
+    assert status in (201, 503)
+    return status == 201
+
+
+async def test_unsecured_lets_the_unsigned_in_but_not_the_malformed(vast):
+    worker = await fresh(vast, {"UNSECURED": "true"})
+    unsigned = {**vast.auth_data(worker), "signature": ""}
+    assert (await create(vast, worker, auth=unsigned, lifetime=math.nan))[0] == 422
+    assert (await create(vast, worker, auth={**unsigned, "signature": None}))[0] == 422
+    await session(vast, worker, auth=unsigned)
+    worker.process.kill()
+    await exit_status(worker)
+
+
+# null_worker.py: the control server
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected", "allow"),
+    [
+        ("GET", "/health", 200, None),
+        ("HEAD", "/health", 200, None),
+        ("GET", "/health?x=1", 200, None),
+        ("POST", "/health", 405, "GET, HEAD"),
+        ("DELETE", "/health", 405, "GET, HEAD"),
+        ("GET", "/release", 405, "POST"),
+        ("HEAD", "/release", 405, "POST"),
+        ("PUT", "/release", 405, "POST"),
+        ("OPTIONS", "/release", 405, "POST"),
+        ("BREW", "/release", 405, "POST"),
+        ("POST", "/release/", 404, None),
+        ("POST", "/", 404, None),
+        ("GET", "/session/create", 404, None),
+        ("BREW", "/tea", 404, None),
+    ],
+)
+async def test_the_control_server_answers_in_json_whatever_it_is_asked(worker, method, path, expected, allow):
+    async with aiohttp.ClientSession() as http, http.request(method, worker.control_url + path) as response:
+        text = await response.read()
+        assert (response.status, response.headers.get("Allow")) == (expected, allow)
+        assert response.content_type == "application/json"
+        if method == "HEAD":
+            assert int(response.headers["Content-Length"]) > 0 and text == b""
+        else:
+            assert len(text) == int(response.headers["Content-Length"]) and json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1:18999", 200),
+        ("localhost", 200),
+        ("LocalHost:1", 200),
+        ("[::1]:18999", 200),
+        ("127.8.8.8", 200),
+        ("evil.example", 403),
+        ("evil.example:18999", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("10.0.0.1", 403),
+        ("[", 403),
+    ],
+)
+async def test_only_a_loopback_host_is_answered(vast, worker, host, expected):
+    session_id = await session(vast, worker)
+    assert (await request("GET", f"{worker.control_url}/health", headers={"Host": host}))[0] == expected
+    status, answer = await post(f"{worker.control_url}/release", headers={"Host": host})
+    assert status == expected and answer.get("session_ids") == ([session_id] if expected == 200 else None)
+
+
+async def raw(worker, *parts):
+    """What the control server sends back for bytes on the wire, until it closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        writer.write_eof()
+        return await asyncio.wait_for(reader.read(), 30)
+    finally:
+        writer.close()
+
+
+async def test_garbage_on_the_control_port_is_answered_or_dropped_and_never_logged_as_a_crash(worker):
+    assert b" 400 " in await raw(worker, b"garbage\r\n\r\n")
+    assert b" 400 " in await raw(worker, b"GET / HTTP/x.y\r\n\r\n")
+    assert b" 414 " in await raw(worker, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n")
+    assert b" 431 " in await raw(worker, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n")
+    assert b" 403 " in await raw(worker, b"POST /release HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n")
+    assert b" 404 " in await raw(worker, b"POST http://127.0.0.1/release HTTP/1.1\r\n\r\n")
+    assert b" 200 " in await raw(worker, b"POST /release HTTP/1.0\r\n\r\n")
+    for rubbish in (b"", b"\x00\xff" * 5000, b"\x16\x03\x01\x02\x00", b"GET"):
+        await raw(worker, rubbish)
+    reader, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
+    writer.write(b"POST /release HTTP/1.1\r\nContent-Length: 100\r\n\r\nhalf")
+    writer.transport.abort()
+    assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
+    assert "Traceback" not in Path(worker.folder, "log").read_text()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_of_any_size_is_read_and_ignored(vast, worker, chunked):
+    session_id, size = await session(vast, worker), 8 << 20
+
+    async def chunks():
+        for _ in range(size >> 16):
+            yield bytes(1 << 16)
+
+    body = chunks() if chunked else bytes(size)
+    assert await post(f"{worker.control_url}/release", data=body) == (
+        200,
+        {"released": True, "session_ids": [session_id]},
+    )
+
+
+async def test_idle_connections_hold_up_nothing_and_are_dropped(worker):
+    start = time.monotonic()
+    idle = [await asyncio.open_connection("127.0.0.1", worker.control_port) for _ in range(100)]
+    assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
+    assert time.monotonic() - start < 8
+    assert await asyncio.wait_for(asyncio.gather(*(reader.read() for reader, _ in idle)), 30) == [b""] * 100
+    assert time.monotonic() - start > 9
+    for _, writer in idle:
+        writer.close()
+
+
+# null_worker.py: the drain
+
+
+async def drained(worker, number=signal.SIGTERM):
+    """Exit status after a signal, and the seconds that it took."""
+    start = time.monotonic()
+    worker.process.send_signal(number)
+    return await exit_status(worker), time.monotonic() - start
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("hang", [False, True])
+async def test_a_signal_ends_the_open_session_well(vast, number, hang):
+    callbacks = Callbacks(hang)
+    async with server(callbacks.route) as origin:
+        worker = await fresh(vast)
+        url = f"{origin}/closed"
+        session_id = await session(vast, worker, on_close_route=url, on_close_payload={"job": 1})
+        draining = asyncio.ensure_future(drained(worker, number))
+        await eventually(lambda: callbacks.bodies)
+        if hang:
+            assert (await create(vast, worker))[0] == 503
+        assert callbacks.bodies == [{"job": 1, "session_id": session_id}]
+        status, seconds = await draining
+        assert status == 0 and seconds < 8
+        assert statuses(vast) == ["Success"]
+        callbacks.let_go.set()
+
+
+async def test_an_idle_worker_goes_at_once(vast):
+    worker = await fresh(vast)
+    status, seconds = await drained(worker)
+    assert status == 0 and seconds < 5
+    assert vast.ended == []
+
+
+async def test_the_drain_takes_no_longer_when_the_autoscaler_is_gone(vast):
+    async with server() as origin:
+        nobody = origin
+    worker = await vast.start_worker({"REPORT_ADDR": nobody, "UNSECURED": "true"})
+    await eventually(lambda: reachable(worker))
+    await eventually(lambda: created(vast, worker))
+    status, seconds = await drained(worker)
+    assert status == 0 and seconds < 8
+
+
+async def reachable(worker):
+    with contextlib.suppress(aiohttp.ClientError):
+        return (await request("GET", f"{worker.control_url}/health"))[0] == 200
+
+
+async def test_a_second_signal_ends_it_at_once(vast):
+    callbacks = Callbacks(hang=True)
+    async with server(callbacks.route) as origin:
+        worker = await fresh(vast)
+        await session(vast, worker, on_close_route=f"{origin}/closed")
+        worker.process.terminate()
+        await eventually(lambda: callbacks.bodies)
+        status, seconds = await drained(worker)
+        assert status == -signal.SIGTERM and seconds < 2
+        callbacks.let_go.set()
+
+
+# null_client.py: reserve()
+
+
+@pytest.mark.parametrize(
+    ("time_to_live", "lifetime", "due"), [(120, 120, 60), (180, 120, 120), (60, 120, 0), (10, 120, -50), (1, 1, 0.5)]
+)
+def test_a_keep_alive_waits_for_the_last_half_of_a_lifetime(time_to_live, lifetime, due):
+    assert keep_alive_due(time_to_live, lifetime) == due
+
+
+@contextlib.asynccontextmanager
+async def endpoint_of(vast, **options):
+    async with vast.client(max_poll_interval=1.0, **options) as client:
+        yield await client.get_endpoint(vast.endpoint_name)
+
+
+def holder(vast, reservation):
+    return next(worker for worker in vast.workers.values() if worker.url == reservation.url)
+
+
+async def expiration(reservation):
+    """The worker's own word on when the session expires, in its clock, which here is ours."""
+    about = {"session_id": reservation.session_id, "session_auth": reservation.auth_data}
+    return (await post(f"{reservation.url}/session/get", json=about))[1]["expiration"]
+
+
+async def test_a_reservation_is_kept_alive_and_never_beyond_one_and_a_half_lifetimes(vast):
+    lifetime, left = 3.0, []
+    async with endpoint_of(vast) as endpoint, reserve(endpoint, lifetime=lifetime) as reservation:
+        start = time.monotonic()
+        while time.monotonic() - start < 5 * lifetime:
+            left.append(await expiration(reservation) - time.time())
+            assert abs(left[-1] - reservation.time_to_live) < 1
+            assert not await reservation.ended(timeout=0.2)
+    assert 0 < min(left) and max(left) < 1.5 * lifetime
+    await eventually(lambda: statuses(vast) == ["Success"])
+    assert sum(report["new_load"] for report in vast.reports) <= 100
+    assert {report["cur_load"] for report in vast.reports} <= {0, 100}
+
+
+async def test_the_holder_learns_that_the_worker_let_go(vast):
+    async with endpoint_of(vast) as endpoint, reserve(endpoint) as reservation:
+        assert not await reservation.ended(timeout=0)
+        await release(holder(vast, reservation))
+        assert await asyncio.wait_for(reservation.ended(), 10) is True
+    await eventually(lambda: statuses(vast) == ["Success"])
+
+
+@pytest.mark.parametrize("how", ["end", "exception", "cancellation"])
+async def test_a_session_is_closed_however_the_block_ends(vast, how, caplog):
+    async def hold(endpoint, held):
+        async with reserve(endpoint, on_close_payload={"job": 1}) as reservation:
+            held.set_result(holder(vast, reservation))
+            if how == "exception":
+                raise KeyError("job")
+            if how == "cancellation":
+                await asyncio.sleep(3600)
+
+    async with endpoint_of(vast) as endpoint:
+        held = asyncio.get_running_loop().create_future()
+        holding = asyncio.ensure_future(hold(endpoint, held))
+        worker = await held
+        if how == "cancellation":
+            holding.cancel()
+        await asyncio.wait({holding})
+        assert holding.cancelled() or isinstance(holding.exception(), KeyError) == (how == "exception")
+        assert await release(worker) == (200, {"released": False, "reason": "no active session"})
+    assert not caplog.records
+
+
+async def test_a_session_that_is_just_being_created_is_not_left_behind(vast):
+    for worker in list(vast.workers.values())[1:]:
+        await session(vast, worker)
+        await eventually(lambda worker=worker: worker.report["cur_load"] == 100)
+    (worker,) = [worker for worker in vast.workers.values() if worker.free]
+    async with endpoint_of(vast) as endpoint:
+        worker.process.send_signal(signal.SIGSTOP)
+        opening = asyncio.ensure_future(reserve(endpoint).__aenter__())
+        await eventually(lambda: worker.promised_to)  # routed; its create is on the way to the frozen worker
+        await asyncio.sleep(0.3)
+        opening.cancel()
+        asyncio.get_running_loop().call_later(0.3, worker.process.send_signal, signal.SIGCONT)
+        await asyncio.wait({opening})
+        assert opening.cancelled()
+        await eventually(lambda: statuses(vast) == ["Success"])
+        assert await release(worker) == (200, {"released": False, "reason": "no active session"})
+
+
+async def test_a_reservation_that_waits_gets_the_worker_that_becomes_free(vast):
+    async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
+        first, *_ = [await stack.enter_async_context(reserve(endpoint)) for _ in range(WORKERS)]
+        vast.polls = 0
+        waiting = asyncio.ensure_future(stack.enter_async_context(reserve(endpoint)))
+        await eventually(lambda: vast.polls > 3)
+        assert not waiting.done()
+        start = time.monotonic()
+        await release(holder(vast, first))
+        assert (await asyncio.wait_for(waiting, 20)).url == first.url
+        assert time.monotonic() - start < 5  # about 1 for the worker's report and 1 for the poll
+
+
+async def test_a_reservation_waits_through_429(vast):
+    async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
+        for _ in range(WORKERS):
+            await stack.enter_async_context(reserve(endpoint))
+        await eventually(lambda: all(worker.report["cur_load"] == 100 for worker in vast.workers.values()))
+        vast.overbooked = True
+        waiting = asyncio.ensure_future(stack.enter_async_context(reserve(endpoint)))
+        await eventually(lambda: "Rejected" in statuses(vast))
+        assert not waiting.done()
+        await asyncio.gather(*(release(worker) for worker in vast.workers.values()))
+        await asyncio.wait_for(waiting, 20)
+
+
+async def test_a_failed_poll_does_not_lose_the_place(vast):
+    async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
+        first, *_ = [await stack.enter_async_context(reserve(endpoint)) for _ in range(WORKERS)]
+        early = asyncio.ensure_future(stack.enter_async_context(reserve(endpoint)))
+        await eventually(lambda: len(vast._waiting) == 1)
+        vast.failing_polls += [502, 429, 500]
+        await eventually(lambda: not vast.failing_polls)
+        late = asyncio.ensure_future(stack.enter_async_context(reserve(endpoint)))
+        await eventually(lambda: len(vast._waiting) == 2)
+        await vast.absent(3)  # connection refused
+        await release(holder(vast, first))
+        await asyncio.wait({early, late}, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        assert early.done() and early.result() and not late.done()
+        late.cancel()
+        await asyncio.wait({late})
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+async def test_a_refusal_by_the_autoscaler_ends_the_wait(vast, status):
+    vast.failing_polls += [status]
+    async with endpoint_of(vast) as endpoint:
+        with pytest.raises(NotReserved, match=f"HTTP {status}.*out of order"):
+            async with reserve(endpoint):
+                pass
+
+
+async def test_the_wait_is_bounded(vast):
+    vast.failing_polls += [502] * 100
+    async with endpoint_of(vast) as endpoint:
+        start = time.monotonic()
+        with pytest.raises(NotReserved, match=r"no worker within 1.5 s"):
+            async with reserve(endpoint, wait=1.5):
+                pass
+        assert time.monotonic() - start < 6
+
+
+async def test_a_worker_that_freezes_for_less_than_its_time_to_live_is_not_given_up(vast):
+    async with endpoint_of(vast) as endpoint, reserve(endpoint, lifetime=8) as reservation:
+        worker = holder(vast, reservation)
+        worker.process.send_signal(signal.SIGSTOP)
+        try:
+            await eventually(lambda: reservation.unreachable)
+            assert not await reservation.ended(timeout=1)
+        finally:
+            worker.process.send_signal(signal.SIGCONT)
+        await eventually(lambda: not reservation.unreachable)
+        assert not await reservation.ended(timeout=8)
+        assert await expiration(reservation) - time.time() < 1.5 * 8
+
+
+async def test_a_worker_that_is_killed_is_lost(vast):
+    worker = None
+    async with endpoint_of(vast) as endpoint:
+        start = time.monotonic()
+        with pytest.raises(WorkerLost, match="can't be reached"):
+            async with reserve(endpoint, lifetime=3) as reservation:
+                worker = holder(vast, reservation)
+                worker.process.kill()
+                await reservation.ended()
+        assert time.monotonic() - start < 15
