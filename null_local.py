@@ -72,6 +72,10 @@ class LocalWorker:
     idle_since: float = field(default_factory=time.monotonic)
 
     @property
+    def ports(self) -> tuple[int, int, int]:
+        return self.port, self.http_port, self.control_port
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
@@ -176,36 +180,40 @@ class LocalVast:
         answer = {"cost": cost, "endpoint": self.endpoint_name, "reqnum": request_idx, "request_idx": request_idx}
         return {**answer, "signature": self.sign(worker.url), "url": worker.url}
 
-    async def start_worker(self, environment: dict[str, str] | None = None, script: str = WORKER) -> LocalWorker:
+    def start_worker(self, environment: dict[str, str] | None = None, script: str = WORKER) -> LocalWorker:
         """Start one more worker process, whatever the load. It is ready when its `state` says so."""
-        self._last_worker += 1
-        taken = {
-            port for worker in self.workers.values() for port in (worker.port, worker.http_port, worker.control_port)
-        }
-        port, http_port, control_port = _free_ports(3, taken)
+        taken = {port for worker in self.workers.values() for port in worker.ports}
+        ports = _free_ports(3, taken)
         if self.control_port and self.control_port not in taken and _is_free(self.control_port):
-            control_port = self.control_port
+            ports[-1] = self.control_port
+        self._last_worker += 1
         folder = os.path.join(self._folder.name, str(self._last_worker))
         os.mkdir(folder)
-        worker = self.workers[self._last_worker] = LocalWorker(self._last_worker, port, http_port, control_port, folder)
+        worker = self.workers[self._last_worker] = LocalWorker(self._last_worker, *ports, folder)
+        starting = asyncio.create_task(self._start(worker, environment or {}, script))
+        self._starting.add(starting)
+        starting.add_done_callback(self._starting.discard)
+        return worker
+
+    async def _start(self, worker: LocalWorker, environment: dict[str, str], script: str) -> None:
         environment = {
             **{name: value for name, value in os.environ.items() if name not in OF_THE_INSTANCE},
             "CONTAINER_ID": str(worker.number),
             "REPORT_ADDR": self.url,
             "MASTER_TOKEN": self._master_token,
             "PUBLIC_IPADDR": "127.0.0.1",
-            "WORKER_PORT": str(port),
-            f"VAST_TCP_PORT_{port}": str(port),
-            "WORKER_HTTP_PORT": str(http_port),
-            "NULL_CONTROL_PORT": str(control_port),
+            "WORKER_PORT": str(worker.port),
+            f"VAST_TCP_PORT_{worker.port}": str(worker.port),
+            "WORKER_HTTP_PORT": str(worker.http_port),
+            "NULL_CONTROL_PORT": str(worker.control_port),
             **self.environment,
-            **(environment or {}),
+            **environment,
         }
         await asyncio.sleep(self.start_delay)
-        with open(os.path.join(folder, "log"), "wb") as output:
+        with Path(worker.folder, "log").open("wb") as output:
             worker.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, os.path.abspath(__file__), script),
-                cwd=folder,  # the framework keeps a file in the working directory
+                cwd=worker.folder,  # the framework keeps a file in the working directory
                 env=environment,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
@@ -213,7 +221,6 @@ class LocalVast:
                 start_new_session=True,  # a terminal's Ctrl-C is for the client alone
             )
         self.on_event(f"worker {worker.number} started, control server {worker.control_url}")
-        return worker
 
     async def absent(self, seconds: float) -> None:
         """Be gone from the network for so long, then back."""
@@ -294,9 +301,7 @@ class LocalVast:
             return web.json_response(self.auth_data(worker, query["cost"], request_idx))
         coming = sum(worker.state == "loading" for worker in self.workers.values())
         if place >= len(free) + coming and len(self.workers) < self.max_workers:
-            starting = asyncio.create_task(self.start_worker())
-            self._starting.add(starting)
-            starting.add_done_callback(self._starting.discard)
+            self.start_worker()
         return web.json_response({"request_idx": request_idx, "status": "no worker is free"})
 
     async def _worker_status(self, request: web.Request) -> web.Response:

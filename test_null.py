@@ -57,7 +57,7 @@ async def shared_vast():
 async def vast(shared_vast):
     """LocalVast with its workers ready and free, and an empty record."""
     for _ in range(WORKERS - len(shared_vast.workers)):
-        await shared_vast.start_worker()
+        shared_vast.start_worker()
     await eventually(lambda: all(worker.free for worker in shared_vast.workers.values()))
     for record in (shared_vast.reports, shared_vast.ended, shared_vast.failing_polls):
         record.clear()
@@ -116,7 +116,7 @@ async def release(worker, session_id=None):
 
 
 async def fresh(vast, environment=None, **options) -> LocalWorker:
-    worker = await vast.start_worker(environment, **options)
+    worker = vast.start_worker(environment, **options)
     await eventually(lambda: worker.state == "ready")
     return worker
 
@@ -397,7 +397,7 @@ async def test_a_metrics_step_that_raises_leaves_the_worker_free(vast, tmp_path)
 async def test_the_consumers_health_decides(vast):
     answer = {"well": 200, "sick": 503}
     async with server(consumer_health(answer)) as origin:
-        sick = await vast.start_worker({"BACKEND_HEALTH_URL": f"{origin}/sick"})
+        sick = vast.start_worker({"BACKEND_HEALTH_URL": f"{origin}/sick"})
         well = await fresh(vast, {"BACKEND_HEALTH_URL": f"{origin}/well"})
         assert (await request("GET", f"{well.control_url}/health"))[0] == 404
         answer["well"] = 500
@@ -409,7 +409,7 @@ async def test_the_consumers_health_decides(vast):
 
 async def test_a_taken_control_port_is_the_workers_error(vast):
     async with server() as origin:
-        worker = await vast.start_worker({"NULL_CONTROL_PORT": origin.rpartition(":")[2]})
+        worker = vast.start_worker({"NULL_CONTROL_PORT": origin.rpartition(":")[2]})
         await eventually(lambda: worker.report.get("error_msg"))
         assert "Address already in use" in worker.report["error_msg"]
         assert await exit_status(worker) == 0
@@ -691,7 +691,7 @@ async def test_an_idle_worker_goes_at_once(vast):
 async def test_the_drain_takes_no_longer_when_the_autoscaler_is_gone(vast):
     async with server() as origin:
         nobody = origin
-    worker = await vast.start_worker({"REPORT_ADDR": nobody, "UNSECURED": "true"})
+    worker = vast.start_worker({"REPORT_ADDR": nobody, "UNSECURED": "true"})
     await eventually(lambda: reachable(worker))
     await eventually(lambda: created(vast, worker))
     status, seconds = await drained(worker)
@@ -889,3 +889,408 @@ async def test_a_worker_that_is_killed_is_lost(vast):
                 worker.process.kill()
                 await reservation.ended()
         assert time.monotonic() - start < 15
+
+
+# null_client.py: the command
+
+
+class Command:
+    """`null_client.py` in a process of its own, pointed at a LocalVast of the test instead of Vast."""
+
+    DRIVER = (
+        "import sys, null_client, null_local\n"
+        "null_client.Serverless = lambda key, instance, **options: null_local.LocalClient(\n"
+        "    key, autoscaler_url={url!r}, webserver_url={url!r}, **options)\n"
+        "sys.exit(null_client.main(sys.argv[1:]))"
+    )
+
+    def __init__(self, *arguments, vast=None, environment=None, driver=None):
+        environment = (
+            BARE
+            | {"PYTHONPATH": str(HERE), "HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
+            | (environment or {})
+        )
+        command = [HERE / "null_client.py"]
+        if vast or driver:
+            command = ["-c", driver or self.DRIVER.format(url=vast.url)]
+        if vast:
+            environment = {"VAST_API_KEY": vast.api_key, "VAST_ENDPOINT": vast.endpoint_name} | environment
+        self.process = subprocess.Popen(
+            [sys.executable, *command, *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._output = [
+            asyncio.ensure_future(asyncio.to_thread(self._read, pipe))
+            for pipe in (self.process.stdout, self.process.stderr)
+        ]
+        self.lines, self.errors = [], []
+
+    def _read(self, pipe):
+        lines = self.lines if pipe is self.process.stdout else self.errors
+        for line in pipe:
+            lines.append(line.decode().rstrip("\n"))
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        self.process.kill()
+        await self.status()
+        self.process.stdout.close(), self.process.stderr.close()
+
+    async def status(self, timeout=60):
+        status = await asyncio.to_thread(self.process.wait, timeout)
+        await asyncio.gather(*self._output)
+        return status
+
+    def said(self, pattern):
+        return re.search(pattern, "\n".join(self.lines))
+
+    async def says(self, pattern, timeout=40):
+        return await eventually(lambda: self.said(pattern) or self.process.poll() is not None, timeout) is not True
+
+
+def reservations_over_time(vast):
+    """How many reservations the workers reported, each time that it changed."""
+    load, steps = {}, [0]
+    for report in vast.reports:
+        load[report["id"]] = report["cur_load"]
+        held = sum(value >= 100 for value in load.values())
+        if held != steps[-1]:
+            steps.append(held)
+    return steps
+
+
+async def test_the_demo_ramps_up_and_down(vast):
+    async with Command("--demo", "--interval", "2.5", "--plateau", "3", vast=vast) as command:
+        assert await command.status() == 0
+        assert command.errors == []
+    await eventually(lambda: len(vast.ended) == 3)
+    assert statuses(vast) == ["Success"] * 3
+    await eventually(lambda: reservations_over_time(vast) == [0, 1, 2, 3, 2, 1, 0], timeout=5)
+    order = [line.split()[1] for line in command.lines if "released after" in line]
+    assert order == ["#1", "#2", "#3"]
+    last_held, first_released = (
+        next(time.strptime(line.split()[0], "%H:%M:%S") for line in lines if what in line)
+        for lines, what in ((command.lines[::-1], "held after"), (command.lines, "released after"))
+    )
+    assert (time.mktime(first_released) - time.mktime(last_held)) % 86400 >= 2
+    chart = command.lines[-4:]
+    assert ". waiting  = held" in chart[0] and all(re.match(r"#\d +\.*=+ ", line) for line in chart[1:])
+    assert all(line.isascii() and line.isprintable() and len(line) <= 100 for line in command.lines)
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in command.lines[:-4])
+
+
+async def test_a_worker_that_lets_go_is_marked_and_the_demo_goes_on(vast):
+    async with Command("--demo", "--interval", "1", "--plateau", "4", vast=vast) as command:
+        await command.says("#3 held")
+        url = command.said(r"#2 held .*, (http\S+)")[1]
+        await release(next(worker for worker in vast.workers.values() if worker.url == url))
+        assert await command.says("#2 let go")
+        assert not command.said("#1 released")
+        assert await command.status() == 0
+    assert command.said(r"#2 let go after .*: the worker let go")
+    assert command.said("#1 released") and command.said("#3 released") and not command.said("#2 released")
+    await eventually(lambda: statuses(vast) == ["Success"] * 3)
+
+
+async def test_holding_ends_when_the_worker_lets_go(vast):
+    async with Command("--hold", "inf", vast=vast) as command:
+        url = (await eventually(lambda: command.said(r"held .*, (http\S+)")))[1]
+        status, answer = await release(next(worker for worker in vast.workers.values() if worker.url == url))
+        assert status == 200 and answer["released"]
+        assert await command.status() == 0
+    assert command.said("the worker let go") and command.errors == []
+
+
+async def test_a_lost_worker_is_status_1(vast):
+    async with Command("--hold", "inf", "--lifetime", "2", vast=vast) as command:
+        url = (await eventually(lambda: command.said(r"held .*, (http\S+)")))[1]
+        next(worker for worker in vast.workers.values() if worker.url == url).process.kill()
+        assert await command.status() == 1
+    assert command.said("#1 lost after .*can't be reached") and command.errors == []
+
+
+async def test_no_worker_in_time_is_status_1(vast):
+    async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
+        for _ in range(WORKERS):
+            await stack.enter_async_context(reserve(endpoint))
+        async with Command("--wait", "1", vast=vast) as command:
+            assert await command.status() == 1
+    assert command.said("#1 not reserved: no worker within 1 s") and command.errors == []
+
+
+async def test_a_client_that_is_killed_frees_its_worker(vast):
+    async with Command("--hold", "inf", "--lifetime", "2", vast=vast) as command:
+        await command.says("#1 held")
+        await eventually(lambda: reservations_over_time(vast) == [0, 1])
+        command.process.kill()
+        killed = time.monotonic()
+        await eventually(lambda: statuses(vast) == ["Success"])
+        assert time.monotonic() - killed < 1.5 * 2 + 5 + 3  # 3 for the report
+
+
+STAGES = [  # what was said last, interval, plateau
+    ("connecting", 2, 60),
+    ("waiting for a worker", 2, 60),
+    ("#1 held", 60, 60),
+    ("#3 held", 0.3, 60),
+    ("#1 released after", 2, 0.5),
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("stage", "interval", "plateau"), STAGES)
+async def test_a_signal_closes_every_session_at_any_stage(vast, stage, interval, plateau, number):
+    waiting = "waiting" in stage
+    if waiting:
+        held = [await session(vast, worker) for worker in vast.workers.values()]
+        await eventually(lambda: all(worker.report["cur_load"] for worker in vast.workers.values()))
+    async with Command("--demo", "--interval", str(interval), "--plateau", str(plateau), vast=vast) as command:
+        await command.says(stage)
+        command.process.send_signal(number)
+        start = time.monotonic()
+        assert await command.status() == 128 + number
+        assert time.monotonic() - start < 5  # 3 for the sessions
+    assert command.errors == []
+    if waiting:
+        held = [answer["released"] for _, answer in [await release(worker) for worker in vast.workers.values()]]
+        assert held == [True] * WORKERS
+    for worker in vast.workers.values():
+        assert await release(worker) == (200, {"released": False, "reason": "no active session"})
+    assert set(statuses(vast)) <= {"Success"}
+
+
+async def test_a_second_signal_ends_the_client_at_once(vast):
+    async with Command("--hold", "inf", vast=vast) as command:
+        url = (await eventually(lambda: command.said(r"held .*, (http\S+)")))[1]
+        worker = next(worker for worker in vast.workers.values() if worker.url == url)
+        worker.process.send_signal(signal.SIGSTOP)  # the session can't be closed
+        try:
+            command.process.send_signal(signal.SIGINT)
+            await asyncio.sleep(0.5)
+            assert command.process.poll() is None
+            command.process.send_signal(signal.SIGINT)
+            assert await command.status(timeout=2) == 130
+        finally:
+            worker.process.send_signal(signal.SIGCONT)
+    assert command.errors == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "argument --endpoint: needed, or $VAST_ENDPOINT, or --local"),
+        (["--local", "--hold", "-1"], "argument --hold: -1 is not within"),
+        (["--local", "--hold", "nan"], "argument --hold: nan is not within"),
+        (["--local", "--hold", "1e9"], "argument --hold: 1e9 is not within"),
+        (["--local", "--interval", "0"], "argument --interval: 0 is not within"),
+        (["--local", "--plateau", "inf"], "argument --plateau: inf is not within"),
+        (["--local", "--count", "0"], "argument --count: 0 is not within"),
+        (["--local", "--count", "2.5"], "argument --count: '2.5' is not a whole number"),
+        (["--local", "--cost", "-100"], "argument --cost: -100 is not within"),
+        (["--local", "--cost", "much"], "argument --cost: 'much' is not a whole number"),
+        (["--local", "--lifetime", "0.5"], "argument --lifetime: 0.5 is not within"),
+        (["--local", "--lifetime", "inf"], "argument --lifetime: inf is not within"),
+        (["--local", "--wait=-inf"], "argument --wait: -inf is not within"),
+        (["--endpoint", "x", "--instance", "moon"], "argument --instance: 'moon' is none of prod, alpha"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("VAST_ENDPOINT", raising=False)
+    with pytest.raises(SystemExit) as exit:
+        null_client.main(arguments)
+    assert exit.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+async def test_without_an_api_key_one_line_says_both_ways_to_give_one():
+    async with Command("--endpoint", "x") as command:
+        assert await command.status() == 2
+    (line,) = command.errors
+    assert "VAST_API_KEY" in line and "vastai set api-key" in line
+
+
+async def test_the_saved_api_key_is_used_and_an_unknown_endpoint_is_told_from_the_known(vast, tmp_path):
+    (tmp_path / "vastai").mkdir()
+    (tmp_path / "vastai" / "vast_api_key").write_text(vast.api_key)
+    saved = {"XDG_CONFIG_HOME": str(tmp_path), "VAST_API_KEY": ""}
+    async with Command("--endpoint", "typo", vast=vast, environment=saved) as command:
+        assert await command.status() == 2
+    assert command.errors == ["null_client: no endpoint 'typo'; there are: local"]
+
+
+async def test_a_wrong_api_key_is_one_line(vast):
+    async with Command(vast=vast, environment={"VAST_API_KEY": "wrong"}) as command:
+        assert await command.status() == 1
+    (line,) = command.errors
+    assert line.startswith("null_client: ") and "401" in line
+
+
+# null_local.py
+
+
+def control_urls(command):
+    return re.findall(r"control server (http\S+)", "\n".join(command.lines))
+
+
+async def gone(url):
+    """Whether nothing listens there any more: each worker's control server lives as long as its process."""
+    try:
+        await request("GET", f"{url}/health")
+    except aiohttp.ClientError:
+        return True
+
+
+@pytest.mark.parametrize("how", ["end", "SIGINT", "SIGTERM", "SIGKILL"])
+async def test_a_local_run_leaves_no_worker_behind_however_it_ends(how):
+    async with Command("--local", "--hold", "1" if how == "end" else "inf") as command:
+        await command.says("#1 held")
+        url = control_urls(command)[-1]  # of the one that is held
+        assert command.errors == [] and not await gone(url)
+        if how != "end":
+            command.process.send_signal(signal.Signals[how])
+        expected = {"end": 0, "SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}[how]
+        assert await command.status() == expected
+        await eventually(lambda: gone(url), timeout=10)
+
+
+async def test_localvast_stops_its_workers_after_an_exception():
+    with pytest.raises(KeyError):
+        async with LocalVast(control_port=None) as vast:
+            worker = await fresh(vast)
+            raise KeyError("job")
+    assert worker.process.returncode == 0
+
+
+async def test_workers_start_on_demand_up_to_the_most_and_stop_when_idle():
+    async with LocalVast(max_workers=2, inactivity_timeout=3, control_port=None) as vast:
+        async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
+            assert not vast.workers
+            waiting = [asyncio.ensure_future(stack.enter_async_context(reserve(endpoint, wait=30))) for _ in range(3)]
+            await eventually(lambda: sum(task.done() for task in waiting) == 2)
+            assert len(vast.workers) == 2
+            one, two = {task.result().url for task in waiting if task.done()}
+            await release(next(worker for worker in vast.workers.values() if worker.url == one))
+            await asyncio.wait(waiting)
+            assert {task.result().url for task in waiting} == {one, two} and vast._last_worker == 2
+        await eventually(lambda: not vast.workers)
+
+
+async def test_a_slow_start_is_waited_for_and_shown():
+    async with LocalVast(control_port=None) as vast:
+        vast.start_delay = 2
+        async with endpoint_of(vast) as endpoint:
+            opening = asyncio.ensure_future(reserve(endpoint).__aenter__())
+            await eventually(lambda: vast.workers)
+            assert [worker.status for worker in await endpoint.get_workers()] == ["loading"]
+            await asyncio.wait_for(opening, 30)
+            assert [worker.status for worker in await endpoint.get_workers()] == ["ready"]
+            opening.result()
+
+
+async def test_workers_that_cannot_start_end_the_wait(tmp_path):
+    events = []
+    async with LocalVast(control_port=None, environment={"CONTAINER_ID": "x"}, on_event=events.append) as vast:
+        async with endpoint_of(vast) as endpoint:
+            with pytest.raises(NotReserved, match="HTTP 409.*3 workers in a row failed to start"):
+                async with reserve(endpoint):
+                    pass
+    assert any("CONTAINER_ID is 'x', should be a number" in event for event in events)
+
+
+# Vast's bootstrap
+
+
+@pytest.mark.parametrize("module", ["workers.null.worker", "workers.null.client"])
+def test_the_modules_for_vasts_bootstrap_run(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module], cwd=HERE, env=BARE, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "not a Vast Serverless instance" in done.stderr or "argument --endpoint" in done.stderr
+
+
+async def test_a_worker_that_the_bootstrap_starts_is_reserved_and_released():
+    async with LocalVast(control_port=None, max_workers=1) as vast:
+        script = str(HERE / "workers" / "null" / "worker.py")
+        worker = await fresh(vast, {"PYTHONPATH": str(HERE)}, script=script)
+        async with endpoint_of(vast) as endpoint, reserve(endpoint) as reservation:
+            assert reservation.url == worker.url
+            await release(worker)
+            assert await reservation.ended(timeout=10)
+        await eventually(lambda: statuses(vast) == ["Success"])
+
+
+# All of it at once
+
+
+async def test_chaos_keeps_the_invariants(vast):
+    """Random requests against two workers, then: never two sessions on one, each ended once, as a success."""
+    dice = random.Random(7)
+    pair = list(vast.workers.values())[:2]
+    current = {worker: None for worker in pair}  # the session that is known to be open, if its end isn't
+    opened, deadline = [], time.monotonic() + 15
+    threads = {worker: thread_count(worker) for worker in pair}
+
+    async def act(worker):
+        auth = vast.auth_data(worker)
+        action = dice.choice(["create", "create", "ping", "release", "fenced", "end", "malformed", "unsigned", "short"])
+        known = current[worker]
+        if action in ("create", "short"):
+            status, answer = await create(vast, worker, auth, lifetime=60 if action == "create" else 0.2)
+            assert status in (201, 429)
+            if status == 201:
+                assert known is None or known["short"], "two sessions on one worker"
+                opened.append(auth["request_idx"])
+                current[worker] = {"id": answer["session_id"], "auth": auth, "short": action == "short"}
+        elif action == "malformed":
+            named, spoil = dice.choice(list(malformed()))
+            body = {"auth_data": auth, "payload": {"lifetime": 60}}
+            spoil(body)
+            assert (await post(f"{worker.url}/session/create", json=body))[0] == 422, named
+        elif action == "unsigned":
+            assert (await create(vast, worker, {**auth, "signature": ""}))[0] == 401
+        elif action == "release":
+            status, answer = await release(worker)
+            assert status == 200 and (answer["released"] == (known is not None) or known["short"])
+            current[worker] = None
+        elif known is not None:
+            about = {"session_id": known["id"], "session_auth": known["auth"]}
+            if action == "ping":
+                ping = {"auth_data": known["auth"], "session_id": known["id"], "payload": {}}
+                assert (await post(f"{worker.url}/ping", json=ping))[0] == 200 or known["short"]
+            elif action == "fenced":
+                _, answer = await release(worker, known["id"])
+                assert answer["released"] or known["short"]
+                current[worker] = None
+            elif action == "end":
+                assert (await post(f"{worker.url}/session/end", json=about))[0] == 200 or known["short"]
+                current[worker] = None
+
+    async def storm(worker):
+        for _ in range(200):
+            if time.monotonic() < deadline:
+                await act(worker)
+
+    await asyncio.gather(*(storm(worker) for worker in pair))
+    for worker in pair:
+        await release(worker)
+    assert len(opened) > 20
+    await eventually(lambda: len(vast.ended) >= len(opened) + statuses(vast).count("Rejected"))
+    ended = [ended for ended in vast.ended if ended["status"] != "Rejected"]  # a 429, as the framework tells it
+    assert sorted(item["request_idx"] for item in ended) == sorted(opened)
+    assert {item["status"] for item in ended} == {"Success"}
+    for worker in pair:
+        await eventually(lambda worker=worker: worker.report["cur_load"] == 0)
+        await session(vast, worker)
+        await eventually(lambda worker=worker: thread_count(worker) <= threads[worker] + 1)
+        assert "Traceback" not in Path(worker.folder, "log").read_text()
+
+
+def thread_count(worker):
+    status = Path(f"/proc/{worker.process.pid}/status")
+    return int(re.search(r"Threads:\s+(\d+)", status.read_text())[1]) if status.exists() else 0
