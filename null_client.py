@@ -187,7 +187,7 @@ class _PatientEndpoint(Endpoint):
                     raise
                 log.info("poll failed, asking again: %s", error)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, 5.0)
+            pause = min(2 * pause, 2.0)
 
 
 async def _open(endpoint: _PatientEndpoint, wait: float, **options: object):

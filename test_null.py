@@ -59,7 +59,7 @@ async def vast(shared_vast):
     for _ in range(WORKERS - len(shared_vast.workers)):
         shared_vast.start_worker()
     await eventually(lambda: all(worker.free for worker in shared_vast.workers.values()))
-    for record in (shared_vast.reports, shared_vast.ended, shared_vast.failing_polls):
+    for record in (shared_vast.reports, shared_vast.ended, shared_vast.failing_polls, shared_vast._waiting):
         record.clear()
     yield shared_vast
     shared_vast.overbooked = False
