@@ -247,7 +247,7 @@ class Display:
         self.console = Console(highlight=False, soft_wrap=True)
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
 
-    def __enter__(self) -> "Display":
+    def __enter__(self):
         if self.console.is_terminal:
             self._live.start()
         return self
@@ -469,7 +469,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"null_client: {error}", file=sys.stderr)
         return 2
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a person gets a line, whatever went wrong on the way to Vast
         print(f"null_client: {error}".replace("\n", " "), file=sys.stderr)
         return 1
 

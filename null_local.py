@@ -96,11 +96,10 @@ class LocalWorker:
         promised = self.promised_to is not None and time.monotonic() < self.promised_until
         return self.state == "ready" and not self.report["cur_load"] and not promised
 
-    def log_tail(self) -> str:
-        """The last line of the worker's output."""
-        with contextlib.suppress(OSError, IndexError):
-            return (Path(self.folder) / "log").read_text(errors="replace").strip().splitlines()[-1]
-        return "no output"
+    @property
+    def log(self) -> Path:
+        """What the process writes to standard output and error."""
+        return Path(self.folder, "log")
 
 
 class LocalVast:
@@ -137,7 +136,7 @@ class LocalVast:
         self._last_request = self._last_worker = self._failures = 0
         self._starting: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> "LocalVast":
+    async def __aenter__(self):
         self._folder = tempfile.TemporaryDirectory(prefix="null-local-", ignore_cleanup_errors=True)
         self._runner, self._port = await self._serve(0)
         self._scaling = asyncio.create_task(self._scale())
@@ -210,7 +209,8 @@ class LocalVast:
             **environment,
         }
         await asyncio.sleep(self.start_delay)
-        with Path(worker.folder, "log").open("wb") as output:
+        output = os.open(worker.log, os.O_WRONLY | os.O_CREAT)
+        try:
             worker.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, os.path.abspath(__file__), script),
                 cwd=worker.folder,  # the framework keeps a file in the working directory
@@ -220,6 +220,8 @@ class LocalVast:
                 stderr=output,
                 start_new_session=True,  # a terminal's Ctrl-C is for the client alone
             )
+        finally:
+            os.close(output)
         self.on_event(f"worker {worker.number} started, control server {worker.control_url}")
 
     async def absent(self, seconds: float) -> None:
@@ -343,7 +345,7 @@ class LocalVast:
                 if (status := worker.process.returncode) is not None:
                     del self.workers[worker.number]
                     self._failures += worker.state == "loading"
-                    self.on_event(f"worker {worker.number} ended, status {status}: {worker.log_tail()}")
+                    self.on_event(f"worker {worker.number} ended, status {status}: {_last_line(worker.log)}")
                 elif idle or worker.state == "error":
                     self.on_event(f"worker {worker.number} stopping: {'idle' if idle else 'it reported an error'}")
                     worker.stopping = True
@@ -353,6 +355,10 @@ class LocalVast:
 def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(number)
+
+
+def _last_line(path: Path) -> str:
+    return (path.read_text(errors="replace").splitlines() or ["no output"])[-1]
 
 
 def _free_ports(count: int, taken: set[int]) -> list[int]:

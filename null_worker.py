@@ -396,7 +396,7 @@ class ControlServer(socketserver.ThreadingTCPServer):
         return 404, {"error": "not found"}, {}
 
     def handle_error(self, request: object, client_address: object) -> None:
-        log.debug("control connection failed", exc_info=True)
+        log.debug("control connection failed: %r", sys.exc_info()[1])
 
 
 class ControlHandler(BaseHTTPRequestHandler):

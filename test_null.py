@@ -12,7 +12,9 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +25,6 @@ import pytest
 from aiohttp import web
 
 import null_client
-import null_worker
 from null_client import NotReserved, WorkerLost, keep_alive_due, reserve
 from null_local import LocalVast, LocalWorker
 from null_worker import Settings, StartupError
@@ -88,10 +89,10 @@ async def eventually(condition, timeout=30.0):
 
 async def request(method, url, **options):
     """Status, headers and JSON of one request on a connection of its own."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http:
-        async with http.request(method, url, **options) as response:
-            text = await response.text()
-            return response.status, response.headers, json.loads(text) if text else None
+    timeout = aiohttp.ClientTimeout(total=30)
+    async with aiohttp.ClientSession(timeout=timeout) as http, http.request(method, url, **options) as response:
+        text = await response.text()
+        return response.status, response.headers, json.loads(text) if text else None
 
 
 async def post(url, **options):
@@ -123,6 +124,10 @@ async def fresh(vast, environment=None, **options) -> LocalWorker:
 
 async def exit_status(worker, timeout=20.0):
     return await asyncio.wait_for(worker.process.wait(), timeout)
+
+
+def run(command, environment):
+    return subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def statuses(vast):
@@ -218,14 +223,16 @@ def test_good_settings_are_taken():
         ({**ON_VAST, "NULL_CONTROL_PORT": "99999"}, "NULL_CONTROL_PORT is '99999', should be a port, 1-65535"),
         (
             {},
-            "not a Vast Serverless instance, CONTAINER_ID, PUBLIC_IPADDR, REPORT_ADDR, WORKER_PORT, "
-            "VAST_TCP_PORT_<WORKER_PORT> not set; to run it off Vast: python null_client.py --local",
+            (
+                "not a Vast Serverless instance, CONTAINER_ID, PUBLIC_IPADDR, REPORT_ADDR, WORKER_PORT, "
+                "VAST_TCP_PORT_<WORKER_PORT> not set; to run it off Vast: python null_client.py --local"
+            ),
         ),
     ],
 )
 def test_a_worker_that_cannot_start_says_so_in_one_line(environment, line):
     command = [sys.executable, HERE / "null_worker.py"]
-    done = subprocess.run(command, env=BARE | environment, capture_output=True, text=True, timeout=60)
+    done = run(command, BARE | environment)
     assert (done.returncode, done.stderr, done.stdout) == (2, f"null_worker: {line}\n", "")
 
 
@@ -236,9 +243,7 @@ def test_an_unknown_sdk_is_refused_in_one_line():
         "del Backend._Backend__close_session\n"
         f"runpy.run_path({str(HERE / 'null_worker.py')!r}, run_name='__main__')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", driver], env=BARE | ON_VAST, capture_output=True, text=True, timeout=60
-    )
+    done = run([sys.executable, "-c", driver], BARE | ON_VAST)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("null_worker: ")]
     assert "_Backend__close_session" in line and "1.3 up to below 2" in line
@@ -388,7 +393,7 @@ async def test_a_metrics_step_that_raises_leaves_the_worker_free(vast, tmp_path)
     assert (answer["released"], answer["session_ids"]) == (True, [session_id])
     await eventually(lambda: worker.report["cur_load"] == 0, timeout=30)
     await session(vast, worker)
-    log = Path(worker.folder, "log").read_text()
+    log = worker.log.read_text()
     assert "Traceback" in log and f"closing session={session_id} failed" in log
     worker.process.kill()
     await exit_status(worker)
@@ -508,7 +513,7 @@ async def test_only_the_routers_signature_gets_in(vast, worker):
         assert (await create(vast, worker, auth={**good, "signature": signature}))[0] == 401, signature
     assert (await create(vast, worker, auth={**good, "url": "http://other:1"}))[0] == 401
     await session(vast, worker, auth=good)
-    assert "UNSECURED=true" in Path(worker.folder, "log").read_text()
+    assert "UNSECURED=true" in worker.log.read_text()
     await eventually(lambda: worker.report["cur_load"] == 100)
     assert sum(report["rej_load"] for report in vast.reports) == 0
     assert sum(report["new_load"] for report in vast.reports) <= 100
@@ -619,11 +624,11 @@ async def test_garbage_on_the_control_port_is_answered_or_dropped_and_never_logg
     assert b" 200 " in await raw(worker, b"POST /release HTTP/1.0\r\n\r\n")
     for rubbish in (b"", b"\x00\xff" * 5000, b"\x16\x03\x01\x02\x00", b"GET"):
         await raw(worker, rubbish)
-    reader, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
+    _, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
     writer.write(b"POST /release HTTP/1.1\r\nContent-Length: 100\r\n\r\nhalf")
     writer.transport.abort()
     assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
-    assert "Traceback" not in Path(worker.folder, "log").read_text()
+    assert "Traceback" not in worker.log.read_text()
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -1183,8 +1188,8 @@ async def test_workers_start_on_demand_up_to_the_most_and_stop_when_idle():
 async def test_a_slow_start_is_waited_for_and_shown():
     async with LocalVast(control_port=None) as vast:
         vast.start_delay = 2
-        async with endpoint_of(vast) as endpoint:
-            opening = asyncio.ensure_future(reserve(endpoint).__aenter__())
+        async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
+            opening = asyncio.ensure_future(stack.enter_async_context(reserve(endpoint)))
             await eventually(lambda: vast.workers)
             assert [worker.status for worker in await endpoint.get_workers()] == ["loading"]
             await asyncio.wait_for(opening, 30)
@@ -1195,10 +1200,9 @@ async def test_a_slow_start_is_waited_for_and_shown():
 async def test_workers_that_cannot_start_end_the_wait(tmp_path):
     events = []
     async with LocalVast(control_port=None, environment={"CONTAINER_ID": "x"}, on_event=events.append) as vast:
-        async with endpoint_of(vast) as endpoint:
-            with pytest.raises(NotReserved, match="HTTP 409.*3 workers in a row failed to start"):
-                async with reserve(endpoint):
-                    pass
+        with pytest.raises(NotReserved, match="HTTP 409.*3 workers in a row failed to start"):
+            async with endpoint_of(vast) as endpoint, reserve(endpoint):
+                pass
     assert any("CONTAINER_ID is 'x', should be a number" in event for event in events)
 
 
@@ -1207,9 +1211,7 @@ async def test_workers_that_cannot_start_end_the_wait(tmp_path):
 
 @pytest.mark.parametrize("module", ["workers.null.worker", "workers.null.client"])
 def test_the_modules_for_vasts_bootstrap_run(module):
-    done = subprocess.run(
-        [sys.executable, "-m", module], cwd=HERE, env=BARE, capture_output=True, text=True, timeout=60
-    )
+    done = run([sys.executable, "-m", module], BARE)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "not a Vast Serverless instance" in done.stderr or "argument --endpoint" in done.stderr
 
@@ -1223,6 +1225,105 @@ async def test_a_worker_that_the_bootstrap_starts_is_reserved_and_released():
             await release(worker)
             assert await reservation.ended(timeout=10)
         await eventually(lambda: statuses(vast) == ["Success"])
+
+
+# README.md
+
+
+def readme(*, holding):
+    """The one code block of the README that holds this text."""
+    blocks = re.findall(r"^```(?:sh|python)\n(.*?)^```", (HERE / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if holding in block]
+    return block
+
+
+def installed(*commands):
+    return pytest.mark.skipif(not all(map(shutil.which, commands)), reason=f"needs {' and '.join(commands)}")
+
+
+async def connected(port):
+    with contextlib.suppress(OSError):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        return True
+
+
+@installed("curl", "jq")
+async def test_the_readmes_raw_http_reserves_keeps_and_ends(vast):
+    environment = {"AUTOSCALER": vast.url, "VAST_ENDPOINT": vast.endpoint_name, "ENDPOINT_KEY": vast.api_key}
+    block = readme(holding="/session/create")
+    done = await asyncio.to_thread(run, ["sh", "-euc", block], BARE | environment)
+    ping, get, end = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (ping, get["lifetime"], end["ended"]) == ({"result": {}}, 120, True) and done.stderr == ""
+    assert get["expiration"] > time.time() + 230
+    await eventually(lambda: statuses(vast) == ["Success"])
+
+
+@installed("redis-server", "redis-cli", "jq")
+@pytest.mark.parametrize("language", ["sh", "python"])
+async def test_the_readmes_dispatcher_and_consumer_work_through_redis(vast, tmp_path, language):
+    pytest.importorskip("redis")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    redis = f"redis://127.0.0.1:{port}"
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(*command, **environment):
+            environment = (
+                BARE | {"PYTHONPATH": str(HERE), "REDIS_URL": redis, "PUBLIC_IPADDR": "127.0.0.1"} | environment
+            )
+            process = await asyncio.create_subprocess_exec(
+                *command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            stack.callback(lambda: process.returncode is None and process.kill())
+            return process
+
+        await start("redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "")
+        await eventually(lambda: connected(port))
+        consumer = readme(holding=f"consumer.{language[:2]}")
+        for worker in vast.workers.values():
+            await start(
+                *(("sh", "-c") if language == "sh" else (sys.executable, "-c")),
+                consumer,
+                WORKER_PORT=str(worker.port),
+                NULL_CONTROL_PORT=str(worker.control_port),
+                **{f"VAST_TCP_PORT_{worker.port}": str(worker.port)},
+            )
+        (tmp_path / "dispatcher.py").write_text(
+            "import vastai, null_local\n"
+            "vastai.Serverless = lambda key, **options: null_local.LocalClient("
+            f"key, autoscaler_url={vast.url!r}, webserver_url={vast.url!r}, **options)\n" + readme(holding="rpush")
+        )
+        dispatcher = await start(
+            sys.executable, "dispatcher.py", VAST_API_KEY=vast.api_key, VAST_ENDPOINT=vast.endpoint_name
+        )
+        output, _ = await asyncio.wait_for(dispatcher.communicate(), 60)
+        assert sorted(output.decode().splitlines()) == ["done: task 0", "done: task 1", "done: task 2"]
+    await eventually(lambda: statuses(vast) == ["Success"] * 3)
+
+
+async def test_the_readmes_reserve_needs_nothing_but_null_client(vast, tmp_path):
+    shutil.copy(HERE / "null_client.py", tmp_path)
+    program = (
+        "import asyncio, ssl, sys\n"
+        "from vastai import Serverless\n"
+        "from null_client import reserve\n"
+        "class Client(Serverless):\n"
+        "    async def get_ssl_context(self): return ssl.create_default_context()\n"
+        "async def main():\n"
+        f"    async with Client({vast.api_key!r}, autoscaler_url={vast.url!r}, webserver_url={vast.url!r}) as client:\n"
+        "        async with reserve(await client.get_endpoint('local')) as session:\n"
+        "            print(session.session_id, session.url)\n"
+        "asyncio.run(main())\n"
+    )
+    environment = BARE | {"PYTHONPATH": str(tmp_path)}
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.split()[1] in [worker.url for worker in vast.workers.values()]
+    await eventually(lambda: statuses(vast) == ["Success"])
 
 
 # All of it at once
@@ -1288,7 +1389,7 @@ async def test_chaos_keeps_the_invariants(vast):
         await eventually(lambda worker=worker: worker.report["cur_load"] == 0)
         await session(vast, worker)
         await eventually(lambda worker=worker: thread_count(worker) <= threads[worker] + 1)
-        assert "Traceback" not in Path(worker.folder, "log").read_text()
+        assert "Traceback" not in worker.log.read_text()
 
 
 def thread_count(worker):
