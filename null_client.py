@@ -226,11 +226,11 @@ class Row:
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # held, or ended without
 
     @property
-    def waited(self) -> float:
+    def waiting_time(self) -> float:
         return (self.held_at or self.ended_at or time.monotonic()) - self.requested_at
 
     @property
-    def held(self) -> float:
+    def holding_time(self) -> float:
         return (self.ended_at or time.monotonic()) - self.held_at if self.held_at else 0.0
 
     def end(self, state: str, reason: str = "") -> None:
@@ -244,19 +244,18 @@ class Display:
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
         self.workers = ""  # of the endpoint, by state
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False)
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         if self.console.is_terminal:
             self._live.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(Text(f"{time.strftime('%H:%M:%S')} {line}"))
+        self.console.print(Text(f"{time.strftime('%H:%M:%S')} {line}"), soft_wrap=True)
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))
@@ -272,7 +271,7 @@ class Display:
                     bar = ProgressBar(total=total, completed=min(now - row.held_at, total), width=16)
                 else:
                     bar = "until released" if row.until else "until all are held"
-            since = row.waited if row.state in ("waiting", "not reserved") else row.held
+            since = row.waiting_time if row.state in ("waiting", "not reserved") else row.holding_time
             clock = "" if row.state == "planned" else f"{int(since) // 60}:{int(since) % 60:02}"
             table.add_row(row.name, row.state, clock, bar, detail)
         return Group(table, Text(f"workers: {self.workers}", overflow="ellipsis") if self.workers else Text(""))
@@ -287,7 +286,7 @@ async def occupy(row: Row, endpoint: Endpoint, args: argparse.Namespace, display
             row.state, row.held_at = "held", time.monotonic()
             row.settled.set()
             display.say(
-                f"{row.name} held after {row.waited:.1f} s: session {row.session.session_id}, {row.session.url}"
+                f"{row.name} held after {row.waiting_time:.1f} s: session {row.session.session_id}, {row.session.url}"
             )
             ended, release = asyncio.ensure_future(row.session.ended()), asyncio.ensure_future(row.release.wait())
             try:
@@ -296,15 +295,13 @@ async def occupy(row: Row, endpoint: Endpoint, args: argparse.Namespace, display
             finally:
                 ended.cancel(), release.cancel()
         row.end("let go" if let_go else "released", "the worker let go" if let_go else "")
-    except NotReserved as error:
-        row.end("not reserved", str(error))
-    except WorkerLost as error:
-        row.end("lost", str(error))
+    except Exception as error:  # noqa: BLE001  whatever it was, this one has ended and the others go on
+        row.end("lost" if row.held_at else "not reserved", str(error) or repr(error))
     except asyncio.CancelledError:
         row.end("released" if row.held_at else "not reserved", "interrupted")
         raise
     finally:
-        held = f" after {row.held:.1f} s" if row.held_at else ""
+        held = f" after {row.holding_time:.1f} s" if row.held_at else ""
         display.say(f"{row.name} {row.state}{held}" + f": {row.reason}" * bool(row.reason))
 
 
@@ -358,7 +355,7 @@ def chart(rows: list[Row], width: int = 40) -> list[str]:
         start, end = column(row.requested_at), column(row.ended_at)
         held = column(row.held_at) if row.held_at else end
         bar = " " * start + "." * (held - start) + "=" * (end - held)
-        lines.append(f"{row.name:<4}{bar:<{width}}  {row.waited:.0f} s, {row.held:.0f} s, {row.state}")
+        lines.append(f"{row.name:<4}{bar:<{width}}  {row.waiting_time:.0f} s, {row.holding_time:.0f} s, {row.state}")
     return lines
 
 
@@ -441,15 +438,17 @@ async def run(args: argparse.Namespace) -> int:
 
     def interrupt(signum: int) -> None:
         caught.append(signum)
+        display.say("interrupted, closing")
         for again in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(again)
             signal.signal(again, lambda *_: (display.console.show_cursor(), os._exit(128 + signum)))
         task.cancel()
 
+    display = Display(rows)
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, interrupt, signum)
     try:
-        with Display(rows) as display:
+        with display:
             display.say("connecting")
             async with connect(args, display) as endpoint:
                 await ramp(rows, endpoint, args, display)

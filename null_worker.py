@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import socketserver
@@ -68,7 +69,7 @@ class Settings:
         if unsecured.lower() not in ("y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"):
             raise _bad("UNSECURED", unsecured, "true or false")
 
-        mapped_port = "VAST_TCP_PORT_" + env.get("WORKER_PORT", "<WORKER_PORT>")
+        mapped_port = f"VAST_TCP_PORT_{env.get('WORKER_PORT') or '<WORKER_PORT>'}"
         needed = ("CONTAINER_ID", "PUBLIC_IPADDR", "REPORT_ADDR", "WORKER_PORT", mapped_port)
         if missing := [name for name in needed if not env.get(name)]:
             raise StartupError(
@@ -111,7 +112,7 @@ def _port(name: str, value: str) -> int:
 def is_http_url(text: str) -> bool:
     try:
         url = urlsplit(text)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not re.search(r"\s", text)
     except ValueError:
         return False
 
@@ -123,13 +124,20 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
+def _names_loopback(host_header: str) -> bool:
+    try:
+        return is_loopback(urlsplit(f"//{host_header}").hostname)
+    except ValueError:
+        return False
+
+
 def _effective_port(url: str) -> int:
     return urlsplit(url).port or (443 if urlsplit(url).scheme == "https" else 80)
 
 
 def _is_number(value: object) -> bool:
     try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return type(value) in (int, float) and math.isfinite(value)  # a bool is no number
     except OverflowError:  # an integer beyond the range of floats
         return False
 
@@ -141,13 +149,11 @@ def auth_problems(body: object) -> dict[str, str]:
     auth = body.get("auth_data")
     if not isinstance(auth, dict):
         return {"auth_data": "must be an object"}
-    problems = {}
-    for name in ("endpoint", "signature", "url"):
-        if not isinstance(auth.get(name), str):
-            problems[f"auth_data.{name}"] = "must be a string"
-    for name in ("reqnum", "request_idx"):
-        if not isinstance(auth.get(name), int) or isinstance(auth[name], bool):
-            problems[f"auth_data.{name}"] = "must be an integer"
+    problems = {
+        f"auth_data.{name}": f"must be {'a string' if kind is str else 'an integer'}"
+        for name, kind in (("endpoint", str), ("signature", str), ("url", str), ("reqnum", int), ("request_idx", int))
+        if type(auth.get(name)) is not kind
+    }
     if not _is_number(auth.get("cost")) or auth["cost"] < 0:
         problems["auth_data.cost"] = "must be a finite number, zero or more"
     return problems
@@ -411,7 +417,7 @@ class ControlHandler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _answer(self) -> None:
-        if all(is_loopback(host_of(host)) for host in self.headers.get_all("Host", [])):
+        if all(map(_names_loopback, self.headers.get_all("Host", []))):
             self._reply(*self.server.answer(self.command, self.path))
         else:
             self._reply(403, {"error": "Host is not loopback"}, {})
@@ -439,14 +445,6 @@ class ControlHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
-
-
-def host_of(header: str) -> str | None:
-    """The host in a Host header, without its port."""
-    try:
-        return urlsplit(f"//{header}").hostname
-    except ValueError:
-        return None
 
 
 class NullWorker:
