@@ -95,9 +95,9 @@ class Reservation:
                     status, _ = await self._ask("/ping", timeout, auth_data=self.auth_data, payload={})
                     if status == 200:
                         self._expires += self.lifetime
-                    else:
+                    elif status != 410:  # gone, as the next look will say
                         log.warning("keep-alive refused session=%s status=%s", self.session_id, status)
-            except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+            except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, LookupError, TypeError) as error:
                 self.unreachable = True
                 if self.time_to_live <= 0:
                     raise WorkerLost(f"worker {self.url} can't be reached: {error or 'timed out'}") from error
@@ -191,13 +191,14 @@ class _PatientEndpoint(Endpoint):
 
 
 async def _open(endpoint: _PatientEndpoint, wait: float, **options: object):
-    opening = asyncio.ensure_future(endpoint.session(**options))
+    opening, taken = asyncio.ensure_future(endpoint.session(**options)), False
     try:
         done, _ = await asyncio.wait({opening}, timeout=wait)
         if not done:
             raise NotReserved(f"no worker within {wait:g} s")
+        taken = True
     finally:
-        if not opening.done():
+        if not taken:
             if endpoint.creating:  # cut off now, the worker would hold a session that nobody knows of
                 await asyncio.wait({opening}, timeout=CLOSE_TIMEOUT / 2)
             opening.cancel()
@@ -461,8 +462,6 @@ async def run(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    for name in ("vastai", "Serverless", "LocalClient"):  # the SDK's own lines; errors reach the person as exceptions
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         return asyncio.run(run(args))
     except UsageError as error:

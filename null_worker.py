@@ -37,8 +37,7 @@ PERFORMANCE = 100  # one session of cost 100 is one worker; 99.9 would make the 
 MAX_BODY = 1 << 20  # bytes of a /session/create or /ping
 IDLE_CONNECTION = 10.0  # seconds of silence after which the control server drops a connection
 RELEASE_WAIT = 15.0  # seconds; the framework bounds a session's on_close callback at 10
-# The drain, in seconds from the signal. Vast's supervisor kills after 10.
-CALLBACK_UNTIL, REPORT_UNTIL, EXIT_AT = 4.0, 6.5, 7.5
+DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
 
 log = logging.getLogger("null_worker")
 
@@ -253,11 +252,6 @@ class Framework:
         """Stand in for the benchmark, which would time a handler that does nothing. A file found there isn't ours."""
         self._benchmark.write_text(f"{PERFORMANCE}\n")
 
-    @property
-    def everything_told(self) -> bool:
-        """Whether the autoscaler has acknowledged the present load and every ended request."""
-        return not self._metrics.update_pending and not self._metrics.model_metrics.requests_deleting
-
     async def close(self, session_id: str) -> bool:
         """End a session as a success. False if there is none of that id; raises what the framework's metrics raise.
 
@@ -303,14 +297,12 @@ class Framework:
         return release_answer(ended, session_id is not None, failures)
 
     async def drain(self) -> None:
-        """Take no new session, end the open one, and see that the autoscaler knows; by REPORT_UNTIL at the latest."""
-        now = asyncio.get_running_loop().time
-        start = now()
+        """Take no new session, end the open one, and see that the autoscaler knows."""
         self.accepting = False
         log.info("draining sessions=%s, waiting for on_close callbacks", list(self._backend.sessions))
-        await asyncio.wait({asyncio.ensure_future(self.release()), *self._closing}, timeout=CALLBACK_UNTIL)
+        await asyncio.wait({asyncio.ensure_future(self.release()), *self._closing})
         log.info("waiting for the autoscaler to take the last report")
-        while not self.everything_told and now() - start < REPORT_UNTIL:
+        while self._metrics.update_pending or self._metrics.model_metrics.requests_deleting:
             await asyncio.sleep(0.05)
         await self._metrics.aclose()
         if "session" in vars(self._backend):  # a cached_property: there once it was used
@@ -321,8 +313,6 @@ class Framework:
 
         async def guard(request: web.Request) -> web.StreamResponse:
             try:
-                if (request.content_length or 0) > MAX_BODY:
-                    raise web.HTTPRequestEntityTooLarge(MAX_BODY)
                 body = await request.clone(client_max_size=MAX_BODY).json()
             except web.HTTPRequestEntityTooLarge:
                 return _refusal(413, f"body over {MAX_BODY} bytes")
@@ -494,8 +484,8 @@ class NullWorker:
     def stop(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        # Whatever hangs, a name lookup in a thread that can't be cancelled say, the process ends in time.
-        watchdog = threading.Timer(EXIT_AT, os._exit, (0,))
+        # Whatever hangs, a callback, the autoscaler or a name lookup in a thread, the process ends in time.
+        watchdog = threading.Timer(DRAIN, os._exit, (0,))
         watchdog.daemon = True
         watchdog.start()
         self.stopping.set()

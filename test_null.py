@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import gzip
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -982,11 +983,12 @@ async def test_the_demo_ramps_up_and_down(vast):
     await eventually(lambda: reservations_over_time(vast) == [0, 1, 2, 3, 2, 1, 0], timeout=5)
     order = [line.split()[1] for line in command.lines if "released after" in line]
     assert order == ["#1", "#2", "#3"]
-    last_held, first_released = (
-        next(time.strptime(line.split()[0], "%H:%M:%S") for line in lines if what in line)
-        for lines, what in ((command.lines[::-1], "held after"), (command.lines, "released after"))
+    requested, held, released = (
+        [sum(map(int.__mul__, map(int, line[:8].split(":")), (3600, 60, 1))) for line in command.lines if what in line]
+        for what in ("waiting for", "held after", "released after")
     )
-    assert (time.mktime(first_released) - time.mktime(last_held)) % 86400 >= 2
+    for earlier, later in [*itertools.pairwise(requested), (held[-1], released[0]), *itertools.pairwise(released)]:
+        assert (later - earlier) % 86400 >= 2  # in whole seconds of a clock
     chart = command.lines[-4:]
     assert ". waiting  = held" in chart[0] and all(re.match(r"#\d +\.*=+ ", line) for line in chart[1:])
     assert all(line.isascii() and line.isprintable() and len(line) <= 100 for line in command.lines)
@@ -1030,6 +1032,13 @@ async def test_no_worker_in_time_is_status_1(vast):
         async with Command("--wait", "1", vast=vast) as command:
             assert await command.status() == 1
     assert command.said("#1 not reserved: no worker within 1 s") and command.errors == []
+
+
+async def test_a_refusal_is_status_1_and_one_line(vast):
+    vast.failing_polls += [401]
+    async with Command(vast=vast) as command:
+        assert await command.status() == 1
+    assert command.said("#1 not reserved: .*HTTP 401.*out of order") and command.errors == []
 
 
 async def test_a_client_that_is_killed_frees_its_worker(vast):
@@ -1159,7 +1168,9 @@ async def test_a_local_run_leaves_no_worker_behind_however_it_ends(how):
         await command.says("#1 held")
         url = control_urls(command)[-1]  # of the one that is held
         assert command.errors == [] and not await gone(url)
-        if how != "end":
+        if how == "SIGINT":
+            os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
+        elif how != "end":
             command.process.send_signal(signal.Signals[how])
         expected = {"end": 0, "SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}[how]
         assert await command.status() == expected
