@@ -127,7 +127,7 @@ class LocalVast:
         self.overbooked = False  # route to occupied workers, as Vast does with a long max_queue_time
         self.publish_key = True  # False: the key server answers 404
         self.workers: dict[int, LocalWorker] = {}
-        self.reports: list[dict] = []  # each worker_status, as received
+        self.reports: list[dict] = []  # each worker_status, and when it was received (time.monotonic())
         self.ended: list[dict] = []  # each request that a worker said has ended
         self.polls = 0
         self.api_key, self._master_token = secrets.token_hex(16), secrets.token_hex(16)
@@ -311,7 +311,7 @@ class LocalVast:
         worker = self.workers.get(report["id"])
         if worker is None or report["mtoken"] != self._master_token:
             return web.json_response({"error": "unknown worker"}, status=403)
-        self.reports.append(report)
+        self.reports.append({**report, "received": time.monotonic()})
         if worker.state == "loading" and report["max_perf"]:
             self._failures = 0
             self.on_event(f"worker {worker.number} ready")
