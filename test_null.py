@@ -1245,15 +1245,24 @@ def test_the_modules_for_vasts_bootstrap_run(module):
     assert "not a Vast Serverless instance" in done.stderr or "argument --endpoint" in done.stderr
 
 
-async def test_a_worker_that_the_bootstrap_starts_is_reserved_and_released():
+async def test_the_module_is_a_worker_that_can_be_reserved_and_released(tmp_path):
+    shutil.copytree(HERE / "workers", tmp_path / "workers")
+    shutil.copy(HERE / "null_worker.py", tmp_path)
+    script = tmp_path / "as_python_m_does.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "sys.path[0] = os.getcwd()\n"
+        "runpy.run_module('workers.null.worker', run_name='__main__')\n"
+    )
     async with LocalVast(control_port=None, max_workers=1) as vast:
-        script = str(HERE / "workers" / "null" / "worker.py")
-        worker = await fresh(vast, {"PYTHONPATH": str(HERE)}, script=script)
+        worker = await fresh(vast, script=str(script))
         async with endpoint_of(vast) as endpoint, reserve(endpoint) as reservation:
             assert reservation.url == worker.url
             await release(worker)
             assert await reservation.ended(timeout=10)
         await eventually(lambda: statuses(vast) == ["Success"])
+    assert (tmp_path / ".has_benchmark").read_text() == "100\n"
 
 
 # README.md
