@@ -11,6 +11,7 @@ settings; 130 or 143 after Ctrl-C or SIGTERM, with every session closed.
 import argparse
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -32,6 +33,7 @@ from vastai import Endpoint, Serverless, VastAI
 
 CHECK = 2.0  # seconds between two looks at a held session, at most
 REQUEST_TIMEOUT = 10.0  # seconds for one request to a worker, at most
+REFUSALS = 5  # looks in a row at a port that refuses, after which the worker's process has ended
 CLOSE_TIMEOUT = 3.0  # seconds in which a session has to be closed; on_close callbacks go on without us
 MAX_POLL = 1.0  # seconds between two polls for a worker; the SDK's own cap is 5
 
@@ -47,20 +49,21 @@ class NotReserved(ReservationError):
 
 
 class WorkerLost(ReservationError):
-    """The worker could not be reached until its time to live had run out."""
+    """The worker could not be reached until its time to live had run out, or nothing listens on its port any more."""
 
 
 class Reservation:
     """A worker that is yours. Made by reserve(), which also closes it."""
 
-    def __init__(self, session, http: aiohttp.ClientSession) -> None:
+    def __init__(self, session, took: float, http: aiohttp.ClientSession) -> None:
         self.session_id: str = session.session_id
         self.url: str = session.url
         self.auth_data: dict = session.auth_data  # the `session_auth` of the worker's own routes
         self.lifetime: float = session.lifetime
         self.unreachable = False
         self._http = http
-        self._expires = time.monotonic() + self.lifetime
+        # The time to live began when the worker created the session, which with a slow answer may be long ago.
+        self._expires = time.monotonic() + self.lifetime - (took if took > 1 else 0)
         self._offset = self._expires - session.expiration  # the worker's clock to ours
         self._keeper = asyncio.create_task(self._keep())
 
@@ -72,8 +75,7 @@ class Reservation:
     async def ended(self, timeout: float | None = None) -> bool:
         """Wait until the worker has let go: released on the instance, expired, or restarted.
 
-        False when `timeout` seconds have passed and it is still yours. Raises WorkerLost when the worker could not be
-        reached until its time to live had run out.
+        False when `timeout` seconds have passed without that. Raises WorkerLost.
         """
         done, _ = await asyncio.wait({self._keeper}, timeout=timeout)
         if done:
@@ -82,13 +84,14 @@ class Reservation:
 
     async def _keep(self) -> None:
         """Keep the session alive; return when the worker no longer has it."""
+        refusals = 0
         while True:
             timeout = max(1.0, min(REQUEST_TIMEOUT, self.lifetime / 4))
             try:
                 status, answer = await self._ask("/session/get", timeout, session_auth=self.auth_data)
-                if status != 200:
+                if status == 400:  # there is no such session
                     return
-                self._expires = answer["expiration"] + self._offset
+                self._expires, refusals = answer["expiration"] + self._offset, 0
                 if self.unreachable:  # a keep-alive of before may just be arriving: look again before the next
                     self.unreachable = False
                 elif keep_alive_due(self.time_to_live, self.lifetime) <= 0:
@@ -99,7 +102,9 @@ class Reservation:
                         log.warning("keep-alive refused session=%s status=%s", self.session_id, status)
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, LookupError, TypeError) as error:
                 self.unreachable = True
-                if self.time_to_live <= 0:
+                refused = isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.ECONNREFUSED
+                refusals = refusals + 1 if refused else 0
+                if self.time_to_live <= 0 or refusals == REFUSALS:
                     raise WorkerLost(f"worker {self.url} can't be reached: {error or 'timed out'}") from error
             pause, due = min(CHECK, self.lifetime / 8), keep_alive_due(self.time_to_live, self.lifetime)
             await asyncio.sleep(min(pause, due) if due > 0 else pause)
@@ -108,7 +113,7 @@ class Reservation:
         body["session_id"] = self.session_id
         bound = aiohttp.ClientTimeout(total=timeout)
         async with self._http.post(self.url + route, json=body, timeout=bound) as response:
-            if response.status >= 500:
+            if response.status not in (200, 400, 401, 410):  # or it isn't the worker that answers there
                 raise aiohttp.ClientError(f"HTTP {response.status}")
             return response.status, await response.json(content_type=None) if response.ok else {}
 
@@ -157,12 +162,26 @@ async def reserve(
     connector = aiohttp.TCPConnector(ssl=await endpoint.client.get_ssl_context())
     async with aiohttp.ClientSession(connector=connector) as http:
         options = {"on_close_route": on_close_route, "on_close_payload": on_close_payload}
-        session = await _open(_PatientEndpoint(endpoint), wait, cost=cost, lifetime=lifetime, **options)
-        reservation = Reservation(session, http)
+        patient = _PatientEndpoint(endpoint)
+        session = await _open(patient, wait, cost=cost, lifetime=lifetime, **options)
+        reservation = Reservation(session, time.monotonic() - patient.create_sent_at, http)
         try:
             yield reservation
         finally:
-            await reservation.close()
+            await _carry_through(reservation.close())
+
+
+async def _carry_through(cleanup: Coroutine) -> None:
+    """Await a clean-up that is bounded in time to its end. A cancellation meanwhile takes effect after that."""
+    task, cancelled = asyncio.ensure_future(cleanup), None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
 
 
 class _PatientEndpoint(Endpoint):
@@ -170,19 +189,19 @@ class _PatientEndpoint(Endpoint):
 
     def __init__(self, endpoint: Endpoint) -> None:
         vars(self).update(vars(endpoint))
-        self.creating = False  # a worker was found, and the request for its session is under way
+        self.create_sent_at: float | None = None  # when a worker was found and asked for a session, by time.monotonic()
 
     async def _route(self, *args: object, **kwargs: object):
-        if self.creating:  # the worker didn't take it; the SDK asks again at once when it can't be reached
+        if self.create_sent_at:  # the worker didn't take it; the SDK asks again at once when it can't be reached
             await asyncio.sleep(MAX_POLL / 2)
-        self.creating = False
+        self.create_sent_at = None
         pause = MAX_POLL / 2
         while True:
             try:
                 route = await super()._route(*args, **kwargs)
-                self.creating = route.status == "READY"
+                self.create_sent_at = time.monotonic() if route.status == "READY" else None
                 return route
-            except RuntimeError as error:
+            except (RuntimeError, AttributeError) as error:  # AttributeError: an answer that is no JSON object
                 if re.search(r"endpoint: HTTP 4(?!08|29)", str(error)):
                     raise
                 log.info("poll failed, asking again: %s", error)
@@ -199,16 +218,24 @@ async def _open(endpoint: _PatientEndpoint, wait: float, **options: object):
         taken = True
     finally:
         if not taken:
-            if endpoint.creating:  # cut off now, the worker would hold a session that nobody knows of
-                await asyncio.wait({opening}, timeout=CLOSE_TIMEOUT / 2)
-            opening.cancel()
-            await asyncio.wait({opening})
-            if not opening.cancelled() and opening.exception() is None:
-                await asyncio.wait_for(opening.result().close(), CLOSE_TIMEOUT / 2)
+            await _carry_through(_abandon(opening, endpoint))
     try:
         return opening.result()
     except Exception as error:
         raise NotReserved(f"{error}") from error
+
+
+async def _abandon(opening: asyncio.Future, endpoint: _PatientEndpoint) -> None:
+    """Stop waiting for a session. One that a worker is just creating is waited for a moment, and closed."""
+    if endpoint.create_sent_at:
+        await asyncio.wait({opening}, timeout=CLOSE_TIMEOUT - 0.5)
+        if not opening.done():
+            log.warning("a session may have been created; its worker frees itself when the lifetime is over")
+    opening.cancel()
+    await asyncio.wait({opening})
+    if not opening.cancelled() and opening.exception() is None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(opening.result().close(), CLOSE_TIMEOUT / 2)
 
 
 @dataclass
@@ -235,7 +262,7 @@ class Row:
         return (self.ended_at or time.monotonic()) - self.held_at if self.held_at else 0.0
 
     def end(self, state: str, reason: str = "") -> None:
-        self.state, self.reason, self.ended_at = state, reason, time.monotonic()
+        self.state, self.reason, self.ended_at = state, " ".join(reason.split()), time.monotonic()
         self.settled.set()
 
 
@@ -256,7 +283,15 @@ class Display:
         self._live.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(Text(f"{time.strftime('%H:%M:%S')} {line}"), soft_wrap=True)
+        line = f"{time.strftime('%H:%M:%S')} {line}"
+        if self.console.is_terminal:
+            self.console.print(Text(line), soft_wrap=True)
+        else:
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:  # nobody reads any more: end as by any other signal
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+                signal.raise_signal(signal.SIGTERM)
 
     def _render(self) -> Group:
         table = Table.grid(padding=(0, 2))
@@ -373,7 +408,7 @@ def number(minimum: float, maximum: float, whole: bool = False, endless: bool = 
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * whole}number") from None
         if not (minimum <= value <= maximum or (endless and value == math.inf)):
-            raise argparse.ArgumentTypeError(f"{text} is not within {minimum:g} and {maximum:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not within {minimum:g} and {maximum:g}{', or inf' * endless}")
         return value
 
     return convert
@@ -454,6 +489,8 @@ async def run(args: argparse.Namespace) -> int:
             async with connect(args, display) as endpoint:
                 await ramp(rows, endpoint, args, display)
     except asyncio.CancelledError:
+        if not caught:
+            raise
         return 128 + caught[0]
     if args.demo:
         print("\n".join(chart(rows)))
@@ -462,6 +499,7 @@ async def run(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # what Vast answers may not be in the terminal's encoding
     try:
         return asyncio.run(run(args))
     except UsageError as error:

@@ -124,6 +124,7 @@ class LocalVast:
         self.environment, self.control_port, self.on_event = environment or {}, control_port, on_event
         self.start_delay = 0.0  # seconds before a worker's process starts
         self.failing_polls: list[int] = []  # statuses with which the next polls are answered
+        self.report_delay = 0.0  # seconds until a worker's report is acknowledged
         self.overbooked = False  # route to occupied workers, as Vast does with a long max_queue_time
         self.publish_key = True  # False: the key server answers 404
         self.workers: dict[int, LocalWorker] = {}
@@ -222,7 +223,7 @@ class LocalVast:
             )
         finally:
             os.close(output)
-        self.on_event(f"worker {worker.number} started, control server {worker.control_url}")
+        self.on_event(f"worker {worker.number} starts on {worker.url}, control server {worker.control_url}")
 
     async def absent(self, seconds: float) -> None:
         """Be gone from the network for so long, then back."""
@@ -277,7 +278,7 @@ class LocalVast:
     async def _route(self, request: web.Request) -> web.Response:
         self.polls += 1
         if self.failing_polls:
-            return web.json_response({"error": "out of order"}, status=self.failing_polls.pop(0))
+            return web.json_response(["out of order"], status=self.failing_polls.pop(0))
         query = await request.json()
         if query["api_key"] != self.api_key:
             return web.json_response({"error": "invalid API key"}, status=401)
@@ -318,6 +319,7 @@ class LocalVast:
         if report["error_msg"] and not worker.report.get("error_msg"):
             self.on_event(f"worker {worker.number} reported an error: {report['error_msg']}")
         worker.report = report
+        await asyncio.sleep(self.report_delay)
         if worker.promised_to in report["working_request_idxs"]:
             worker.promised_to = None
         return web.json_response({})
@@ -400,4 +402,6 @@ def run_tied_to_parent(script: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not os.path.isfile(sys.argv[1]):
+        sys.exit("null_local: LocalVast starts its workers with this; to try it: python null_client.py --local")
     run_tied_to_parent(sys.argv[1])

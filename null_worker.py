@@ -25,6 +25,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from operator import attrgetter
@@ -34,6 +35,7 @@ from urllib.parse import parse_qs, urlsplit
 from aiohttp import web
 
 PERFORMANCE = 100  # one session of cost 100 is one worker; 99.9 would make the autoscaler round up to one more
+MAX_COST = 1_000_000  # the signature doesn't cover it, and sums of huge ones would overflow in the reports
 MAX_BODY = 1 << 20  # bytes of a /session/create or /ping
 IDLE_CONNECTION = 10.0  # seconds of silence after which the control server drops a connection
 RELEASE_WAIT = 15.0  # seconds; the framework bounds a session's on_close callback at 10
@@ -68,6 +70,8 @@ class Settings:
         if unsecured.lower() not in ("y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"):
             raise _bad("UNSECURED", unsecured, "true or false")
 
+        if env.get("WORKER_PORT"):
+            worker_port = _port("WORKER_PORT", env["WORKER_PORT"])
         mapped_port = f"VAST_TCP_PORT_{env.get('WORKER_PORT') or '<WORKER_PORT>'}"
         needed = ("CONTAINER_ID", "PUBLIC_IPADDR", "REPORT_ADDR", "WORKER_PORT", mapped_port)
         if missing := [name for name in needed if not env.get(name)]:
@@ -77,7 +81,6 @@ class Settings:
             )
         if not (env["CONTAINER_ID"].isascii() and env["CONTAINER_ID"].isdigit()):
             raise _bad("CONTAINER_ID", env["CONTAINER_ID"], "a number")
-        worker_port = _port("WORKER_PORT", env["WORKER_PORT"])
         _port(mapped_port, env[mapped_port])
         http_port = _port("WORKER_HTTP_PORT", env.get("WORKER_HTTP_PORT", str(worker_port + 1)))
         if http_port == worker_port:
@@ -153,8 +156,8 @@ def auth_problems(body: object) -> dict[str, str]:
         for name, kind in (("endpoint", str), ("signature", str), ("url", str), ("reqnum", int), ("request_idx", int))
         if type(auth.get(name)) is not kind
     }
-    if not _is_number(auth.get("cost")) or auth["cost"] < 0:
-        problems["auth_data.cost"] = "must be a finite number, zero or more"
+    if not _is_number(auth.get("cost")) or not 0 <= auth["cost"] <= MAX_COST:
+        problems["auth_data.cost"] = f"must be a number from 0 to {MAX_COST}"
     return problems
 
 
@@ -227,6 +230,7 @@ class Framework:
             self._metrics = backend.metrics
             self._benchmark = Path(backend_module.BENCHMARK_INDICATOR_FILE)
             self._auth_data = AuthData
+            self._send_report = self._metrics._Metrics__send_metrics_and_reset
             self._verify = backend._Backend__check_signature
             self._close_session = backend._Backend__close_session
             create = backend.session_create_handler
@@ -239,8 +243,11 @@ class Framework:
             raise StartupError(f"this vastai-sdk is not known to work ({error}); 1.3 up to below 2 is") from error
         self.accepting = False
         self._closing: set[asyncio.Task[bool]] = set()
-        # Every end of a session goes through close(): release, /session/end, and the sweep of the expired ones.
-        backend._Backend__close_session = self.close
+        self._changes = 0  # of the load that is to be reported
+        self._metrics._Metrics__send_metrics_and_reset = self._report
+        # Every end of a session goes through close(): release, /session/end, and the sweep of the expired ones. The
+        # sweep must not wait for a slow callback, and the dispatcher need not.
+        backend._Backend__close_session = partial(self.close, patience=1.0)
         # The framework binds its routes to the web server only in run().
         backend.session_create_handler = self._guarded(create, create_problems)
         self._worker.routes = [web.post("/ping", self._guarded(ping_route.handler, ping_problems))]
@@ -252,16 +259,18 @@ class Framework:
         """Stand in for the benchmark, which would time a handler that does nothing. A file found there isn't ours."""
         self._benchmark.write_text(f"{PERFORMANCE}\n")
 
-    async def close(self, session_id: str) -> bool:
+    async def close(self, session_id: str, patience: float | None = None) -> bool:
         """End a session as a success. False if there is none of that id; raises what the framework's metrics raise.
 
-        Once begun it is carried through, even when the request that asked for it is cancelled: the framework would
-        drop the rest there, and report the load of a session that is gone for ever.
+        Wait `patience` seconds at most for its on_close callback; None: as long as the framework does. Once begun it is
+        carried through, even when the request that asked for it is cancelled: the framework would drop the rest there,
+        and report the load of a session that is gone for ever.
         """
-        task = asyncio.ensure_future(self._close(session_id))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-        return await asyncio.shield(task)
+        closing = asyncio.ensure_future(self._close(session_id))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        done, _ = await asyncio.wait({closing}, timeout=patience)
+        return closing.result() if done else True
 
     async def _close(self, session_id: str) -> bool:
         # Counted before the framework's own close, which first waits for the on_close callback: for up to 10 s the
@@ -274,14 +283,18 @@ class Framework:
                     self._metrics._request_success(request)
                 finally:
                     self._metrics._request_end(request)
-                    self._report_again()
+                    self._metrics.update_pending = True
+                    self._changes += 1
         finally:
             closed = await self._close_session(session_id)
         return closed
 
-    def _report_again(self) -> None:
+    async def _report(self) -> None:
         # The framework forgets a change that comes while a report is under way, and would tell it 10 s later.
-        asyncio.get_running_loop().call_later(1.0, setattr, self._metrics, "update_pending", True)
+        before = self._changes
+        await self._send_report()
+        if self._changes != before:
+            self._metrics.update_pending = True
 
     async def release(self, session_id: str | None = None) -> tuple[int, dict]:
         """End that session, or whichever is open; status and JSON as `/release` answers them."""
@@ -334,7 +347,7 @@ class Framework:
             response = await handler(_Checked(body, request.transport))
             if response.status == 201:
                 log.info("reserved %s", response.text)
-                self._report_again()
+                self._changes += 1
             return response
 
         return guard

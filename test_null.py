@@ -59,6 +59,7 @@ async def shared_vast():
 @pytest.fixture
 async def vast(shared_vast):
     """LocalVast with its workers ready and free, and an empty record."""
+    await eventually(lambda: all(not w.process or w.process.returncode is None for w in shared_vast.workers.values()))
     for _ in range(WORKERS - len(shared_vast.workers)):
         shared_vast.start_worker()
     await eventually(lambda: all(worker.free for worker in shared_vast.workers.values()))
@@ -66,7 +67,7 @@ async def vast(shared_vast):
         record.clear()
     shared_vast.first_request = shared_vast._last_request + 1
     yield shared_vast
-    shared_vast.overbooked = False
+    shared_vast.overbooked, shared_vast.report_delay = False, 0.0
     for worker in list(shared_vast.workers.values()):
         with contextlib.suppress(aiohttp.ClientError):
             await post(f"{worker.control_url}/release")
@@ -144,7 +145,8 @@ def statuses(vast):
 
 async def silence(vast):
     """Wait until the workers have told all of what was before, and forget it."""
-    await eventually(lambda: not vast.reports or time.monotonic() - vast.reports[-1]["received"] > 2.5)
+    start = time.monotonic()
+    await eventually(lambda: time.monotonic() - max([start, *(r["received"] for r in vast.reports)]) > 2.5)
     vast.reports.clear()
 
 
@@ -202,7 +204,7 @@ class Callbacks:
         ({"WORKER_HTTP_PORT": "3000"}, "WORKER_HTTP_PORT is '3000', should be another port than WORKER_PORT"),
         ({"WORKER_HTTP_PORT": "x"}, "WORKER_HTTP_PORT is 'x', should be a port"),
         ({"WORKER_PORT": "65535", "VAST_TCP_PORT_65535": "1"}, "WORKER_HTTP_PORT is '65536', should be a port"),
-        ({"WORKER_PORT": "http", "VAST_TCP_PORT_http": "1"}, "WORKER_PORT is 'http', should be a port"),
+        ({"WORKER_PORT": "http"}, "WORKER_PORT is 'http', should be a port"),
         ({"VAST_TCP_PORT_3000": "no"}, "VAST_TCP_PORT_3000 is 'no', should be a port"),
         ({"CONTAINER_ID": "abc"}, "CONTAINER_ID is 'abc', should be a number"),
         ({"UNSECURED": "maybe"}, "UNSECURED is 'maybe', should be true or false"),
@@ -365,6 +367,18 @@ async def test_a_hung_callback_holds_up_nothing_but_its_own_release(vast, worker
         callbacks.let_go.set()
 
 
+async def test_a_hung_callback_does_not_hold_up_the_expiry_of_the_next_session(vast, worker):
+    callbacks = Callbacks(hang=True)
+    async with server(callbacks.route) as origin:
+        await session(vast, worker, lifetime=1, on_close_route=f"{origin}/closed")
+        await eventually(lambda: callbacks.bodies)  # it has expired
+        await session(vast, worker, lifetime=0.5)
+        start = time.monotonic()
+        await eventually(lambda: statuses(vast) == ["Success"] * 2)
+        assert time.monotonic() - start < 0.5 + 5 + 3  # 5 to the next sweep; 3 for the report
+        callbacks.let_go.set()
+
+
 async def test_a_caller_that_hangs_up_does_not_leave_the_load_behind(vast, worker):
     callbacks = Callbacks(hang=True)
     async with server(callbacks.route) as origin:
@@ -449,7 +463,7 @@ def malformed():
         yield f"auth_data.{name}", lambda body, name=name: body["auth_data"].pop(name)
         for wrong in WRONG[kind]:
             yield f"auth_data.{name}", lambda body, name=name, wrong=wrong: body["auth_data"].update({name: wrong})
-    for cost in (-1, -0.5, math.nan, math.inf, -math.inf, 10**400):
+    for cost in (-1, -0.5, 1e308, math.nan, math.inf, -math.inf, 10**400):
         yield "auth_data.cost", lambda body, cost=cost: body["auth_data"].update(cost=cost)
     for name in ("auth_data", "payload"):
         yield name, lambda body, name=name: body.pop(name)
@@ -704,6 +718,16 @@ async def test_a_signal_ends_the_open_session_well(vast, number, hang):
         callbacks.let_go.set()
 
 
+async def test_the_autoscaler_hears_of_the_end_even_when_a_report_is_under_way(vast):
+    worker = await fresh(vast)
+    await session(vast, worker)
+    vast.report_delay = 1.5
+    await eventually(lambda: worker.report["cur_load"] == 100)  # received, but not acknowledged yet
+    status, seconds = await drained(worker)
+    assert status == 0 and seconds < 8
+    assert [report["cur_load"] for report in vast.reports if report["id"] == worker.number][-1] == 0
+
+
 async def test_an_idle_worker_goes_at_once(vast):
     worker = await fresh(vast)
     status, seconds = await drained(worker)
@@ -755,7 +779,7 @@ async def endpoint_of(vast, **options):
 
 
 def holder(vast, reservation):
-    return next(worker for worker in vast.workers.values() if worker.url == reservation.url)
+    return next(worker for worker in list(vast.workers.values()) if worker.url == reservation.url)
 
 
 async def expiration(reservation):
@@ -787,21 +811,24 @@ async def test_the_holder_learns_that_the_worker_let_go(vast):
     await eventually(lambda: statuses(vast) == ["Success"])
 
 
-@pytest.mark.parametrize("how", ["end", "exception", "cancellation"])
+@pytest.mark.parametrize("how", ["end", "exception", "cancelled", "cancelled twice"])
 async def test_a_session_is_closed_however_the_block_ends(vast, how, caplog):
     async def hold(endpoint, held):
         async with reserve(endpoint, on_close_payload={"job": 1}) as reservation:
             held.set_result(holder(vast, reservation))
             if how == "exception":
                 raise KeyError("job")
-            if how == "cancellation":
+            if "cancel" in how:
                 await asyncio.sleep(3600)
 
     async with endpoint_of(vast) as endpoint:
         held = asyncio.get_running_loop().create_future()
         holding = asyncio.ensure_future(hold(endpoint, held))
         worker = await held
-        if how == "cancellation":
+        if "cancel" in how:
+            holding.cancel()
+        if "twice" in how:
+            await asyncio.sleep(0)
             holding.cancel()
         await asyncio.wait({holding})
         assert holding.cancelled() or isinstance(holding.exception(), KeyError) == (how == "exception")
@@ -813,14 +840,14 @@ async def test_a_session_that_is_just_being_created_is_not_left_behind(vast):
     for worker in list(vast.workers.values())[1:]:
         await session(vast, worker)
         await eventually(lambda worker=worker: worker.report["cur_load"] == 100)
-    (worker,) = [worker for worker in vast.workers.values() if worker.free]
+    (worker,) = [worker for worker in list(vast.workers.values()) if worker.free]
     async with endpoint_of(vast) as endpoint:
         worker.process.send_signal(signal.SIGSTOP)
         opening = asyncio.ensure_future(reserve(endpoint).__aenter__())
         await eventually(lambda: worker.promised_to)  # routed; its create is on the way to the frozen worker
         await asyncio.sleep(0.3)
         opening.cancel()
-        asyncio.get_running_loop().call_later(0.3, worker.process.send_signal, signal.SIGCONT)
+        asyncio.get_running_loop().call_later(0.1, worker.process.send_signal, signal.SIGCONT)
         await asyncio.wait({opening})
         assert opening.cancelled()
         await eventually(lambda: statuses(vast) == ["Success"])
@@ -844,12 +871,12 @@ async def test_a_reservation_waits_through_429(vast):
     async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
         for _ in range(WORKERS):
             await stack.enter_async_context(reserve(endpoint))
-        await eventually(lambda: all(worker.report["cur_load"] == 100 for worker in vast.workers.values()))
+        await eventually(lambda: all(worker.report["cur_load"] == 100 for worker in list(vast.workers.values())))
         vast.overbooked = True
         waiting = asyncio.ensure_future(stack.enter_async_context(reserve(endpoint)))
         await eventually(lambda: "Rejected" in statuses(vast))
         assert not waiting.done()
-        await asyncio.gather(*(release(worker) for worker in vast.workers.values()))
+        await asyncio.gather(*(release(worker) for worker in list(vast.workers.values())))
         await asyncio.wait_for(waiting, 20)
 
 
@@ -858,7 +885,7 @@ async def test_a_failed_poll_does_not_lose_the_place(vast):
         first, *_ = [await stack.enter_async_context(reserve(endpoint)) for _ in range(WORKERS)]
         early = asyncio.ensure_future(stack.enter_async_context(reserve(endpoint)))
         await eventually(lambda: len(vast._waiting) == 1)
-        vast.failing_polls += [502, 429, 500]
+        vast.failing_polls += [502, 429, 500, 200]
         await eventually(lambda: not vast.failing_polls)
         late = asyncio.ensure_future(stack.enter_async_context(reserve(endpoint)))
         await eventually(lambda: len(vast._waiting) == 2)
@@ -904,15 +931,43 @@ async def test_a_worker_that_freezes_for_less_than_its_time_to_live_is_not_given
 
 
 async def test_a_worker_that_is_killed_is_lost(vast):
-    worker = None
     async with endpoint_of(vast) as endpoint:
         start = time.monotonic()
         with pytest.raises(WorkerLost, match="can't be reached"):
             async with reserve(endpoint, lifetime=3) as reservation:
                 worker = holder(vast, reservation)
                 worker.process.kill()
+                await exit_status(worker)
                 await reservation.ended()
         assert time.monotonic() - start < 15
+
+
+async def test_another_server_at_the_workers_address_is_not_taken_for_it(vast):
+    async with endpoint_of(vast) as endpoint:
+        with pytest.raises(WorkerLost, match="HTTP 404"):
+            async with reserve(endpoint, lifetime=3) as reservation:
+                worker = holder(vast, reservation)
+                worker.process.kill()
+                await exit_status(worker)
+                runner = web.AppRunner(web.Application(), shutdown_timeout=0.1)
+                await runner.setup()
+                try:
+                    await web.TCPSite(runner, "127.0.0.1", worker.port, reuse_address=True).start()
+                    await reservation.ended()
+                finally:
+                    await runner.cleanup()
+
+
+async def test_a_worker_whose_process_has_ended_is_not_waited_for_until_its_lifetime_is_over(vast):
+    async with endpoint_of(vast) as endpoint:
+        start = time.monotonic()
+        with pytest.raises(WorkerLost, match="can't be reached"):
+            async with reserve(endpoint, lifetime=600) as reservation:
+                worker = holder(vast, reservation)
+                worker.process.kill()
+                await exit_status(worker)
+                await reservation.ended()
+        assert time.monotonic() - start < 40  # five looks, two seconds apart
 
 
 # null_client.py: the command
@@ -928,7 +983,7 @@ class Command:
         "sys.exit(null_client.main(sys.argv[1:]))"
     )
 
-    def __init__(self, *arguments, vast=None, environment=None, driver=None):
+    def __init__(self, *arguments, vast=None, environment=None, driver=None, reads=math.inf):
         environment = (
             BARE
             | {"PYTHONPATH": str(HERE), "HOME": "/nonexistent", "XDG_CONFIG_HOME": "/nonexistent"}
@@ -947,16 +1002,19 @@ class Command:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        self.lines, self.errors, self._reads = [], [], reads
         self._output = [
             asyncio.ensure_future(asyncio.to_thread(self._read, pipe))
             for pipe in (self.process.stdout, self.process.stderr)
         ]
-        self.lines, self.errors = [], []
 
     def _read(self, pipe):
         lines = self.lines if pipe is self.process.stdout else self.errors
         for line in pipe:
             lines.append(line.decode().rstrip("\n"))
+            if lines is self.lines and len(lines) >= self._reads:
+                pipe.close()
+                break
 
     async def __aenter__(self):
         return self
@@ -1014,7 +1072,7 @@ async def test_a_worker_that_lets_go_is_marked_and_the_demo_goes_on(vast):
     async with Command("--demo", "--interval", "1", "--plateau", "4", vast=vast) as command:
         await command.says("#3 held")
         url = command.said(r"#2 held .*, (http\S+)")[1]
-        await release(next(worker for worker in vast.workers.values() if worker.url == url))
+        await release(next(worker for worker in list(vast.workers.values()) if worker.url == url))
         assert await command.says("#2 let go")
         assert not command.said("#1 released")
         assert await command.status() == 0
@@ -1026,7 +1084,7 @@ async def test_a_worker_that_lets_go_is_marked_and_the_demo_goes_on(vast):
 async def test_holding_ends_when_the_worker_lets_go(vast):
     async with Command("--hold", "inf", vast=vast) as command:
         url = (await eventually(lambda: command.said(r"held .*, (http\S+)")))[1]
-        status, answer = await release(next(worker for worker in vast.workers.values() if worker.url == url))
+        status, answer = await release(next(worker for worker in list(vast.workers.values()) if worker.url == url))
         assert status == 200 and answer["released"]
         assert await command.status() == 0
     assert command.said("the worker let go") and command.errors == []
@@ -1035,7 +1093,9 @@ async def test_holding_ends_when_the_worker_lets_go(vast):
 async def test_a_lost_worker_is_status_1(vast):
     async with Command("--hold", "inf", "--lifetime", "2", vast=vast) as command:
         url = (await eventually(lambda: command.said(r"held .*, (http\S+)")))[1]
-        next(worker for worker in vast.workers.values() if worker.url == url).process.kill()
+        worker = next(worker for worker in list(vast.workers.values()) if worker.url == url)
+        worker.process.kill()
+        await exit_status(worker)
         assert await command.status() == 1
     assert command.said("#1 lost after .*can't be reached") and command.errors == []
 
@@ -1080,8 +1140,8 @@ STAGES = [  # what was said last, interval, plateau
 async def test_a_signal_closes_every_session_at_any_stage(vast, stage, interval, plateau, number):
     waiting = "waiting" in stage
     if waiting:
-        held = [await session(vast, worker) for worker in vast.workers.values()]
-        await eventually(lambda: all(worker.report["cur_load"] for worker in vast.workers.values()))
+        held = [await session(vast, worker) for worker in list(vast.workers.values())]
+        await eventually(lambda: all(worker.report["cur_load"] for worker in list(vast.workers.values())))
     async with Command("--demo", "--interval", str(interval), "--plateau", str(plateau), vast=vast) as command:
         await command.says(stage)
         command.process.send_signal(number)
@@ -1090,17 +1150,25 @@ async def test_a_signal_closes_every_session_at_any_stage(vast, stage, interval,
         assert time.monotonic() - start < 5  # 3 for the sessions
     assert command.errors == []
     if waiting:
-        held = [answer["released"] for _, answer in [await release(worker) for worker in vast.workers.values()]]
+        held = [answer["released"] for _, answer in [await release(worker) for worker in list(vast.workers.values())]]
         assert held == [True] * WORKERS
-    for worker in vast.workers.values():
+    for worker in list(vast.workers.values()):
         assert await release(worker) == (200, {"released": False, "reason": "no active session"})
     assert set(statuses(vast)) <= {"Success"}
+
+
+async def test_a_reader_that_goes_away_ends_the_command_with_its_session_closed(vast):
+    async with Command("--hold", "inf", vast=vast, reads=1) as command:
+        assert await command.status() == 143
+    assert command.lines[0].endswith("connecting") and command.errors == []
+    for worker in list(vast.workers.values()):
+        assert await release(worker) == (200, {"released": False, "reason": "no active session"})
 
 
 async def test_a_second_signal_ends_the_client_at_once(vast):
     async with Command("--hold", "inf", vast=vast) as command:
         url = (await eventually(lambda: command.said(r"held .*, (http\S+)")))[1]
-        worker = next(worker for worker in vast.workers.values() if worker.url == url)
+        worker = next(worker for worker in list(vast.workers.values()) if worker.url == url)
         worker.process.send_signal(signal.SIGSTOP)  # the session can't be closed
         try:
             command.process.send_signal(signal.SIGINT)
@@ -1208,7 +1276,7 @@ async def test_workers_start_on_demand_up_to_the_most_and_stop_when_idle():
             await eventually(lambda: sum(task.done() for task in waiting) == 2)
             assert len(vast.workers) == 2
             one, two = {task.result().url for task in waiting if task.done()}
-            await release(next(worker for worker in vast.workers.values() if worker.url == one))
+            await release(next(worker for worker in list(vast.workers.values()) if worker.url == one))
             await asyncio.wait(waiting)
             assert {task.result().url for task in waiting} == {one, two} and vast._last_worker == 2
         await eventually(lambda: not vast.workers)
@@ -1321,7 +1389,7 @@ async def test_the_readmes_dispatcher_and_consumer_work_through_redis(vast, tmp_
         await start("redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "")
         await eventually(lambda: connected(port))
         consumer = readme(holding=f"consumer.{language[:2]}")
-        for worker in vast.workers.values():
+        for worker in list(vast.workers.values()):
             await start(
                 *(("sh", "-c") if language == "sh" else (sys.executable, "-c")),
                 consumer,
@@ -1338,7 +1406,7 @@ async def test_the_readmes_dispatcher_and_consumer_work_through_redis(vast, tmp_
             sys.executable, "dispatcher.py", VAST_API_KEY=vast.api_key, VAST_ENDPOINT=vast.endpoint_name
         )
         output, _ = await asyncio.wait_for(dispatcher.communicate(), 60)
-        assert sorted(output.decode().splitlines()) == ["done: task 0", "done: task 1", "done: task 2"]
+        assert sorted(output.decode().splitlines()) == [f"worker released: task {n}" for n in range(3)]
     await eventually(lambda: statuses(vast) == ["Success"] * 3)
 
 
@@ -1361,7 +1429,7 @@ async def test_the_readmes_reserve_needs_nothing_but_null_client(vast, tmp_path)
         subprocess.run, [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.split()[1] in [worker.url for worker in vast.workers.values()]
+    assert done.stdout.split()[1] in [worker.url for worker in list(vast.workers.values())]
     await eventually(lambda: statuses(vast) == ["Success"])
 
 
