@@ -8,6 +8,11 @@ Exit status: 0 all were held and released, by whichever side; 1 not reserved, lo
 settings; 130 or 143 after Ctrl-C or SIGTERM, with every session closed.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C while the rest loads; run() takes over
+
 import argparse
 import asyncio
 import contextlib
@@ -16,7 +21,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 import time
 from collections import Counter
