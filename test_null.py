@@ -175,7 +175,7 @@ class Callbacks:
     """The receiver of on_close callbacks, which can be made to hang."""
 
     def __init__(self, hang=False):
-        self.bodies, self.let_go = [], asyncio.Event()
+        self.bodies, self.answered, self.let_go = [], [], asyncio.Event()
         if not hang:
             self.let_go.set()
         self.route = web.post("/closed", self.receive)
@@ -183,6 +183,7 @@ class Callbacks:
     async def receive(self, request):
         self.bodies.append(await request.json())
         await self.let_go.wait()
+        self.answered.append(request.transport is not None and not request.transport.is_closing())
         return web.json_response({})
 
 
@@ -379,7 +380,7 @@ async def test_a_hung_callback_does_not_hold_up_the_expiry_of_the_next_session(v
         callbacks.let_go.set()
 
 
-async def test_a_caller_that_hangs_up_does_not_leave_the_load_behind(vast, worker):
+async def test_a_caller_that_hangs_up_leaves_neither_load_nor_callback_behind(vast, worker):
     callbacks = Callbacks(hang=True)
     async with server(callbacks.route) as origin:
         auth = vast.auth_data(worker)
@@ -391,6 +392,7 @@ async def test_a_caller_that_hangs_up_does_not_leave_the_load_behind(vast, worke
         ending.cancel()
         await eventually(lambda: worker.report["cur_load"] == 0 and statuses(vast) == ["Success"])
         callbacks.let_go.set()
+        assert await eventually(lambda: callbacks.answered) == [True]  # the callback was not dropped either
 
 
 async def test_a_relative_callback_goes_to_the_consumer(vast):
