@@ -223,7 +223,7 @@ class LocalVast:
             )
         finally:
             os.close(output)
-        self.on_event(f"worker {worker.number} starts on {worker.url}, control server {worker.control_url}")
+        self.on_event(f"worker {worker.number} on {worker.url}, control {worker.control_url}")
 
     async def absent(self, seconds: float) -> None:
         """Be gone from the network for so long, then back."""

@@ -1236,7 +1236,7 @@ async def test_a_wrong_api_key_is_one_line(vast):
 
 
 def control_urls(command):
-    return re.findall(r"control server (http\S+)", "\n".join(command.lines))
+    return re.findall(r"control (http\S+)", "\n".join(command.lines))
 
 
 async def gone(url):
