@@ -5,27 +5,36 @@
     python null_client.py --local [--demo]           the same on this machine: no account, no GPU
 
 Exit status: 0 all were held and released, by whichever side; 1 not reserved, lost, or unreachable; 2 usage or
-settings; 130 or 143 after Ctrl-C or SIGTERM, with every session closed.
+settings; 128 and the number of a signal (130 after Ctrl-C), with every session closed.
 """
 
+import os
 import signal
+import sys
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C while the rest loads; run() takes over
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
 
 import argparse
 import asyncio
 import contextlib
 import errno
+import io
+import json
 import logging
 import math
-import os
+import queue
+import random
 import re
-import sys
+import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import aiohttp
 from rich.console import Console, Group
@@ -33,13 +42,19 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from vastai import Endpoint, Serverless, VastAI
+from vastai import Endpoint, Serverless, VastAI  # type: ignore[import-untyped]
 
-CHECK = 2.0  # seconds between two looks at a held session, at most
-REQUEST_TIMEOUT = 10.0  # seconds for one request to a worker, at most
+LOOK = 30.0  # seconds that a look waits on the worker for the end of the session, at most
+CHECK = 2.0  # seconds between two looks at a worker that doesn't know how to wait, or that can't be reached
+REQUEST_TIMEOUT = 10.0  # seconds for one request, at most
 REFUSALS = 5  # looks in a row at a port that refuses, after which the worker's process has ended
 CLOSE_TIMEOUT = 3.0  # seconds in which a session has to be closed; on_close callbacks go on without us
-MAX_POLL = 1.0  # seconds between two polls for a worker; the SDK's own cap is 5
+CLOSING = 50  # sessions that are closed at the same time
+POLL_RATE = 50  # polls for a worker a second, however many wait
+FRONT = 16  # of those who wait, who poll every second
+REPLAY = 60.0  # seconds for which the router keeps the place of one who doesn't poll
+MAX_ANSWER = 1 << 20  # bytes
+COLD = ("stopped", "inactive")  # states of workers that are kept for later, and cost their disk only
 
 log = logging.getLogger("null_client")
 
@@ -56,89 +71,257 @@ class WorkerLost(ReservationError):
     """The worker could not be reached until its time to live had run out, or nothing listens on its port any more."""
 
 
+class _Answer(NamedTuple):
+    status: int
+    fields: dict[str, Any]  # of its JSON object; empty where there is none
+    text: str  # the beginning of it
+
+    @property
+    def says_gone(self) -> bool:
+        """The worker's own word that it has no such session; a proxy in between says other things."""
+        error = str(self.fields.get("error"))
+        return self.status in (400, 410) and bool(re.search(r"^(invalid session$|session .*(not |already ))", error))
+
+    def __str__(self) -> str:
+        return f"HTTP {self.status} - {self.text}"
+
+
+FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, RecursionError)
+
+
+async def _post(http: aiohttp.ClientSession, url: str, body: object, timeout: float | None, **options: Any) -> _Answer:
+    """One request. Raises FAILURES."""
+    bound = aiohttp.ClientTimeout(total=timeout)
+    async with http.post(url, json=body, timeout=bound, allow_redirects=False, **options) as response:
+        content = b""
+        async for chunk in response.content.iter_chunked(1 << 16):
+            content += chunk
+            if len(content) > MAX_ANSWER:
+                raise aiohttp.ClientPayloadError(f"an answer of over {MAX_ANSWER} bytes")
+    fields: object = None
+    with contextlib.suppress(ValueError, RecursionError):
+        fields = json.loads(content)
+    text = " ".join(content[:300].decode(errors="replace").split())
+    return _Answer(response.status, fields if isinstance(fields, dict) else {}, text)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e12
+
+
+class _Vast:
+    """The SDK's names that it doesn't promise. Raises NotReserved where one is missing."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        try:
+            self.name, self.api_key, client = endpoint.name, endpoint.api_key, endpoint.client
+            self.url, self.session, self._tls = client.autoscaler_url, client._get_session, client.get_ssl_context
+        except AttributeError as error:
+            raise NotReserved(f"this vastai-sdk is not known to work ({error}); 1.3 up to below 2 is") from error
+
+    async def tls(self) -> Any:
+        """The context that trusts Vast's workers. Raises FAILURES."""
+        try:
+            async with _Line.here().tls:  # the first one downloads the certificate, for all
+                return await self._tls()
+        except Exception as error:  # the SDK has no class for it
+            raise aiohttp.ClientError(f"no certificate: {str(error) or type(error).__name__}") from error
+
+    async def route(self, cost: float, place: float, replay_timeout: float, timeout: float) -> _Answer:
+        """Ask the router for a worker. Raises FAILURES."""
+        await self.tls()
+        body = {"endpoint": self.name, "api_key": self.api_key, "cost": cost, "request_idx": place}
+        body["replay_timeout"], headers = replay_timeout, {"Authorization": f"Bearer {self.api_key}"}
+        return await _post(await self.session(), f"{self.url}/route/", body, timeout, headers=headers)
+
+
+class _Line:
+    """Those who wait for a worker in this event loop, first come first: one pace for the polls of all."""
+
+    _lines: ClassVar["weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Line]"] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.waiting: dict[asyncio.Future[None], None] = {}  # in order; done once it has come to the front
+        self.tls, self.closing, self._slot = asyncio.Lock(), asyncio.Semaphore(CLOSING), [0.0, 0.0]
+
+    @classmethod
+    def here(cls) -> "_Line":
+        return cls._lines.setdefault(asyncio.get_running_loop(), cls())
+
+    def leave(self, ticket: "asyncio.Future[None]") -> None:
+        del self.waiting[ticket]
+        for other in islice(self.waiting, FRONT - 1, FRONT):
+            if not other.done():
+                other.set_result(None)
+
+    async def turn(self, ticket: "asyncio.Future[None]", pause: float, deadline: float) -> None:
+        """Wait until the next poll is due, in `pause` seconds or later."""
+        interval = poll_interval(list(self.waiting).index(ticket), len(self.waiting))
+        if pause:
+            seconds = min(max(pause, interval) * random.uniform(0.8, 1.2), deadline - time.monotonic())
+            await asyncio.wait({ticket}, timeout=seconds) if interval > pause else await asyncio.sleep(seconds)
+        now = time.monotonic()
+        behind = interval > 1.0
+        self._slot[behind] = max(now, self._slot[behind] + 1 / (POLL_RATE * (0.6 if behind else 0.4)))
+        await asyncio.sleep(min(self._slot[behind], deadline) - now)
+
+
+def poll_interval(place: int, waiting: int) -> float:
+    """Seconds between two polls of the one in that place, of so many who wait: those in front every second, those
+    behind share what is left of the rate."""
+    return 1.0 if place < FRONT else max(4.0, (waiting - FRONT) / (0.6 * POLL_RATE))
+
+
+class _Undisturbed(asyncio.Task[Any]):
+    """A task that only its owner ends: asyncio.run() cancels whatever it finds, a clean-up too.
+
+    No time-out of asyncio's or aiohttp's works inside it: they cancel.
+    """
+
+    def cancel(self, msg: object = None) -> bool:
+        return False
+
+    async def settle(self, seconds: float) -> None:
+        """Wait for its end, and end it after so long."""
+        await asyncio.wait({self}, timeout=seconds)
+        super().cancel()
+        await asyncio.wait({self})
+
+
+async def _carry_through(work: Coroutine[Any, Any, object]) -> None:
+    """Await a clean-up that is bounded in time to its end. A cancellation meanwhile takes effect after that."""
+    task, cancelled = _Undisturbed(work), None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
+
+
 class Reservation:
     """A worker that is yours. Made by reserve(), which also closes it."""
 
-    def __init__(self, session, took: float, http: aiohttp.ClientSession) -> None:
-        self.session_id: str = session.session_id
-        self.url: str = session.url
-        self.auth_data: dict = session.auth_data  # the `session_auth` of the worker's own routes
-        self.lifetime: float = session.lifetime
+    def __init__(
+        self, http: aiohttp.ClientSession, auth_data: dict[str, Any], lifetime: float, created: _Answer, sent_at: float
+    ) -> None:
+        self.session_id: str = created.fields["session_id"]
+        self.url: str = auth_data["url"]
+        self.auth_data = auth_data  # the `session_auth` of the worker's own routes
+        self.lifetime = lifetime  # seconds
         self.unreachable = False
-        self._http = http
+        self._http, self._handed_over = http, False
         # The time to live began when the worker created the session, which with a slow answer may be long ago.
-        self._expires = time.monotonic() + self.lifetime - (took if took > 1 else 0)
-        self._offset = self._expires - session.expiration  # the worker's clock to ours
+        self._expires, expiration = sent_at + lifetime, created.fields.get("expiration")
+        self._offset = self._expires - (expiration if _is_number(expiration) else time.time() + lifetime)
+        self._most, self._not_before = self._expires, 0.0  # what keep-alives can have made of it; for the next one
+        self._over: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         self._keeper = asyncio.create_task(self._keep())
+        self._keeper.add_done_callback(self._kept)
 
     @property
     def time_to_live(self) -> float:
-        """Seconds until the worker frees itself, should no keep-alive reach it any more."""
+        """Seconds until the worker frees itself, should nobody keep it alive any more."""
         return self._expires - time.monotonic()
 
     async def ended(self, timeout: float | None = None) -> bool:
-        """Wait until the worker has let go: released on the instance, expired, or restarted.
+        """Wait until the worker has let go: released on the instance, expired, restarted, or closed from here.
 
         False when `timeout` seconds have passed without that. Raises WorkerLost.
         """
-        done, _ = await asyncio.wait({self._keeper}, timeout=timeout)
-        if done:
-            self._keeper.result()
-        return bool(done)
+        await asyncio.wait({self._over}, timeout=timeout)
+        if self._over.done() and (error := self._over.result()):
+            raise error
+        return self._over.done()
 
-    async def _keep(self) -> None:
-        """Keep the session alive; return when the worker no longer has it."""
-        refusals = 0
-        while True:
-            timeout = max(1.0, min(REQUEST_TIMEOUT, self.lifetime / 4))
-            try:
-                status, answer = await self._ask("/session/get", timeout, session_auth=self.auth_data)
-                if status == 400:  # there is no such session
-                    return
-                self._expires, refusals = answer["expiration"] + self._offset, 0
-                if self.unreachable:  # a keep-alive of before may just be arriving: look again before the next
-                    self.unreachable = False
-                elif keep_alive_due(self.time_to_live, self.lifetime) <= 0:
-                    status, _ = await self._ask("/ping", timeout, auth_data=self.auth_data, payload={})
-                    if status == 200:
-                        self._expires += self.lifetime
-                    elif status != 410:  # gone, as the next look will say
-                        log.warning("keep-alive refused session=%s status=%s", self.session_id, status)
-            except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, LookupError, TypeError) as error:
-                self.unreachable = True
-                refused = isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.ECONNREFUSED
-                refusals = refusals + 1 if refused else 0
-                if self.time_to_live <= 0 or refusals == REFUSALS:
-                    raise WorkerLost(f"worker {self.url} can't be reached: {error or 'timed out'}") from error
-            pause, due = min(CHECK, self.lifetime / 8), keep_alive_due(self.time_to_live, self.lifetime)
-            await asyncio.sleep(min(pause, due) if due > 0 else pause)
-
-    async def _ask(self, route: str, timeout: float, **body: object) -> tuple[int, dict]:
-        body["session_id"] = self.session_id
-        bound = aiohttp.ClientTimeout(total=timeout)
-        async with self._http.post(self.url + route, json=body, timeout=bound) as response:
-            if response.status not in (200, 400, 401, 410):  # or it isn't the worker that answers there
-                raise aiohttp.ClientError(f"HTTP {response.status}")
-            return response.status, await response.json(content_type=None) if response.ok else {}
+    def hand_over(self) -> None:
+        """From now on the consumer keeps the session alive, with `POST /renew`; the end of the block doesn't end it."""
+        self._handed_over = True
 
     async def close(self) -> None:
         """End the session. Quiet when it is gone already; a warning in the log when the worker doesn't answer."""
+        await _carry_through(self._close())
+
+    async def _close(self) -> None:
         self._keeper.cancel()
         await asyncio.wait({self._keeper})
-        if not self._keeper.cancelled():
-            self._keeper.exception()  # let go, or lost: either way there is nothing left to end
-            return
-        try:
-            await asyncio.wait_for(self._end(), CLOSE_TIMEOUT)
-        except asyncio.TimeoutError:
-            log.warning("not closed session=%s, its worker is free in %.0f s", self.session_id, self.time_to_live + 5)
+        lost = self._over.done() and isinstance(self._over.result(), WorkerLost)
+        if not self._over.done() or (lost and not self._http.closed):
+            async with _Line.here().closing:
+                await _Undisturbed(self._end_on_worker()).settle(CLOSE_TIMEOUT)
+        if not self._over.done():
+            until = time.strftime("%H:%M:%S", time.localtime(time.time() + self.time_to_live + 5))
+            log.warning("not closed session=%s: %s stays reserved until %s", self.session_id, self.url, until)
+            self._end()
 
-    async def _end(self) -> None:
-        while True:
-            with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
-                await self._ask("/session/end", CLOSE_TIMEOUT / 2, session_auth=self.auth_data)
+    async def _end_on_worker(self) -> None:
+        lost = self._over.done()  # a keep-alive whose answer got lost may have kept it: told once, should it be back
+        while lost or not self._over.done():
+            with contextlib.suppress(*FAILURES):
+                answer = await self._ask("/session/end", None, session_auth=self.auth_data)
+                if answer.says_gone or answer.fields.get("ended") is True:
+                    return self._end()
+            if lost:
                 return
             await asyncio.sleep(0.2)
+
+    async def _leave(self) -> None:
+        """The block has ended."""
+        if self._handed_over:
+            self._end(ReservationError("the block has ended, and the consumer holds the reservation"))
+        await self._close()
+        await self._http.close()
+
+    def _kept(self, keeper: "asyncio.Task[WorkerLost | None]") -> None:
+        if not keeper.cancelled():
+            self._end(keeper.exception() or keeper.result())
+
+    def _end(self, error: BaseException | None = None) -> None:
+        if not self._over.done():
+            self._over.set_result(error)
+
+    async def _keep(self) -> WorkerLost | None:
+        """Keep the session alive; return when the worker no longer has it, or why it is lost."""
+        refusals = 0
+        while True:
+            asked_at, moment = time.monotonic(), min(CHECK, self.lifetime / 8)
+            due = max(keep_alive_due(self.time_to_live, self.lifetime), self._not_before - asked_at)
+            wait = max(0.0, min(LOOK, self.lifetime / 4, math.inf if self._handed_over else due))
+            timeout = max(1.0, min(REQUEST_TIMEOUT, self.lifetime / 4))
+            try:
+                look = await self._ask("/session/get", wait + timeout, session_auth=self.auth_data, wait=wait)
+                if look.says_gone:
+                    return None
+                if not (look.status == 200 and _is_number(expiration := look.fields.get("expiration"))):
+                    raise aiohttp.ClientError(str(look))
+                # It lives, with no more than what keep-alives can have made of it, whatever the answer claims.
+                now, expires = time.monotonic(), expiration + self._offset
+                if expires > now - 6:  # the worker looks for expired ones every 5 s
+                    self._expires = min(expires, now + 2 * self.lifetime if self._handed_over else self._most)
+                if self.unreachable:
+                    self._not_before = now + moment  # a keep-alive of before may just be arriving
+                self.unreachable, refusals = False, 0
+                due = max(keep_alive_due(self.time_to_live, self.lifetime), self._not_before - now)
+                if due <= 0.05 and not self._handed_over:
+                    self._most, self._not_before = self._most + self.lifetime, now + moment
+                    ping = await self._ask("/ping", timeout, auth_data=self.auth_data, payload={})
+                    if ping.status == 200 and "result" in ping.fields:
+                        self._expires, self._not_before = self._expires + self.lifetime, now + self.lifetime / 2
+                    elif not ping.says_gone:  # gone, as the next look will say
+                        log.warning("keep-alive refused session=%s: %s", self.session_id, ping)
+                pause = 0.0 if time.monotonic() - asked_at >= min(wait, CHECK) / 2 else moment
+            except FAILURES as error:
+                self.unreachable, pause = True, moment
+                refused = isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.ECONNREFUSED
+                refusals = refusals + 1 if refused else 0
+                if self.time_to_live <= 0 or refusals == REFUSALS:
+                    return WorkerLost(f"worker {self.url} can't be reached: {str(error) or 'timed out'}")
+            await asyncio.sleep(pause)
+
+    async def _ask(self, route: str, timeout: float | None, **body: object) -> _Answer:
+        return await _post(self._http, self.url + route, {**body, "session_id": self.session_id}, timeout)
 
 
 def keep_alive_due(time_to_live: float, lifetime: float) -> float:
@@ -154,263 +337,377 @@ async def reserve(
     lifetime: float = 120,
     wait: float = 1800,
     on_close_route: str | None = None,
-    on_close_payload: dict | None = None,
+    on_close_payload: dict[str, Any] | None = None,
+    *,
+    on_trouble: Callable[[str], object] = lambda _: None,
 ) -> AsyncIterator[Reservation]:
     """Reserve a worker of the endpoint for the length of the block, and keep the session alive meanwhile.
 
     `cost` is the load that the reservation reports; 100 is one worker. `lifetime` is how many seconds the worker keeps
     it without a keep-alive; a dispatcher that dies frees its worker within 1.5 lifetimes plus 5 s. `wait` is how many
     seconds to wait for a worker. When the session ends the worker POSTs `on_close_payload` to `on_close_route`, a URL
-    or a path on the consumer. Raises NotReserved.
+    or a path on the consumer. `on_trouble` is told why the last try to get a worker failed, and "" when one works
+    again. Raises NotReserved, or TypeError for what JSON can't hold.
     """
-    connector = aiohttp.TCPConnector(ssl=await endpoint.client.get_ssl_context())
-    async with aiohttp.ClientSession(connector=connector) as http:
-        options = {"on_close_route": on_close_route, "on_close_payload": on_close_payload}
-        patient = _PatientEndpoint(endpoint)
-        session = await _open(patient, wait, cost=cost, lifetime=lifetime, **options)
-        reservation = Reservation(session, time.monotonic() - patient.create_sent_at, http)
-        try:
-            yield reservation
-        finally:
-            await _carry_through(reservation.close())
-
-
-async def _carry_through(cleanup: Coroutine) -> None:
-    """Await a clean-up that is bounded in time to its end. A cancellation meanwhile takes effect after that."""
-    task, cancelled = asyncio.ensure_future(cleanup), None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    task.result()
-
-
-class _PatientEndpoint(Endpoint):
-    """The SDK's endpoint, which keeps its place in the queue when a poll fails. The SDK itself gives up there."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        vars(self).update(vars(endpoint))
-        self.create_sent_at: float | None = None  # when a worker was found and asked for a session, by time.monotonic()
-
-    async def _route(self, *args: object, **kwargs: object):
-        if self.create_sent_at:  # the worker didn't take it; the SDK asks again at once when it can't be reached
-            await asyncio.sleep(MAX_POLL / 2)
-        self.create_sent_at = None
-        pause = MAX_POLL / 2
-        while True:
-            try:
-                route = await super()._route(*args, **kwargs)
-                self.create_sent_at = time.monotonic() if route.status == "READY" else None
-                return route
-            except (RuntimeError, AttributeError) as error:  # AttributeError: an answer that is no JSON object
-                if re.search(r"endpoint: HTTP 4(?!08|29)", str(error)):
-                    raise
-                log.info("poll failed, asking again: %s", error)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 2.0)
-
-
-async def _open(endpoint: _PatientEndpoint, wait: float, **options: object):
-    opening, taken = asyncio.ensure_future(endpoint.session(**options)), False
+    payload = {"lifetime": lifetime, "on_close_route": on_close_route, "on_close_payload": on_close_payload}
     try:
-        done, _ = await asyncio.wait({opening}, timeout=wait)
-        if not done:
-            raise NotReserved(f"no worker within {wait:g} s")
-        taken = True
+        json.dumps([cost, payload], allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"not to be sent as JSON: {error}") from error
+    reservation = await _open(_Vast(endpoint), cost, payload, wait, on_trouble)
+    try:
+        yield reservation
     finally:
-        if not taken:
-            await _carry_through(_abandon(opening, endpoint))
+        await _carry_through(reservation._leave())
+
+
+async def _open(
+    vast: _Vast, cost: float, payload: dict[str, Any], wait: float, on_trouble: Callable[[str], object]
+) -> Reservation:
+    """Ask the router, create, held. Every step is cancelled with the caller, but for a create: see _create()."""
+    deadline, trouble, failures, pause = time.monotonic() + wait, "", 0, 0.0
+    place: float = 0
+    line, ticket = _Line.here(), asyncio.get_running_loop().create_future()
+    line.waiting[ticket] = None
     try:
-        return opening.result()
-    except Exception as error:
-        raise NotReserved(f"{error}") from error
+        while True:
+            await line.turn(ticket, pause, deadline)
+            if (left := deadline - time.monotonic()) <= 0:
+                raise NotReserved(f"no worker within {wait:g} s" + (trouble and f"; at last: {trouble}"))
+            try:
+                replay_timeout = max(REPLAY, len(line.waiting) / 10)  # or a long line would lose its places
+                answer = await vast.route(cost, place, replay_timeout, min(REQUEST_TIMEOUT, left))
+                if 400 <= answer.status < 500 and answer.status not in (408, 429):
+                    raise NotReserved(f"the autoscaler refuses: {answer}")
+                if answer.status != 200 or not answer.fields:
+                    raise aiohttp.ClientError(f"the autoscaler answers {answer}")
+                if _is_number(index := answer.fields.get("request_idx")) and index:
+                    place = index  # an answer may lack it: a new request would be additional load
+                if answer.fields.get("url") is not None:
+                    return await _create(vast, answer.fields, payload)
+                trouble, failures, pause = "", 0, 1.0
+            except FAILURES as error:
+                trouble, failures = str(error) or "the autoscaler does not answer", failures + 1
+                pause = min(0.5 * 2**failures, 5.0)
+            on_trouble(trouble)
+    finally:
+        line.leave(ticket)
 
 
-async def _abandon(opening: asyncio.Future, endpoint: _PatientEndpoint) -> None:
-    """Stop waiting for a session. One that a worker is just creating is waited for a moment, and closed."""
-    if endpoint.create_sent_at:
-        await asyncio.wait({opening}, timeout=CLOSE_TIMEOUT - 0.5)
-        if not opening.done():
-            log.warning("a session may have been created; its worker frees itself when the lifetime is over")
-    opening.cancel()
-    await asyncio.wait({opening})
-    if not opening.cancelled() and opening.exception() is None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(opening.result().close(), CLOSE_TIMEOUT / 2)
+async def _outcome(request: Coroutine[Any, Any, _Answer]) -> "_Answer | Exception":
+    """What came of a request. asyncio.run() reports every task that it finds and that fails, awaited or not."""
+    try:
+        return await request
+    except FAILURES as error:
+        return error
+
+
+async def _create(vast: _Vast, auth_data: dict[str, Any], payload: dict[str, Any]) -> Reservation:
+    """Open a session on the worker that the router has named. Raises FAILURES.
+
+    Cancelled, it waits for the answer all the same and ends the session: nobody else would know of it.
+    """
+    if not isinstance(url := auth_data["url"], str):
+        raise aiohttp.ClientError(f"the autoscaler names no worker but {url!r}")
+    http = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=await vast.tls()), cookie_jar=aiohttp.DummyCookieJar()
+    )
+    sent_at, patience, reservation = time.monotonic(), 0.0, None
+    request = _post(http, f"{url}/session/create", {"auth_data": auth_data, "payload": payload}, None)
+    creating = _Undisturbed(_outcome(request))
+
+    async def discard() -> None:
+        await creating.settle(patience)
+        if creating.cancelled():
+            log.warning("no answer to a create: %s may stay reserved for %g s", url, payload["lifetime"])
+        elif isinstance(late := creating.result(), _Answer) and isinstance(late.fields.get("session_id"), str):
+            await Reservation(http, auth_data, payload["lifetime"], late, sent_at)._close()
+        await http.close()
+
+    try:
+        await asyncio.wait({creating}, timeout=REQUEST_TIMEOUT)
+        if not creating.done():
+            raise aiohttp.ClientError(f"{url} does not answer")
+        created = creating.result()
+        if isinstance(created, Exception):
+            raise created
+        if created.status == 201 and isinstance(created.fields.get("session_id"), str):
+            reservation = Reservation(http, auth_data, payload["lifetime"], created, sent_at)
+            return reservation
+        if created.status in (401, 413, 422) and "error" in created.fields:
+            raise NotReserved(f"{url} refuses: {created}")
+        raise aiohttp.ClientError(f"{url} answers {created}")
+    except asyncio.CancelledError:
+        patience = CLOSE_TIMEOUT - 0.5
+        raise
+    finally:
+        if reservation is None:
+            await _carry_through(discard())
+
+
+class Waiting(NamedTuple):
+    asked_at: float  # by time.monotonic(), as the others
+    trouble: str = ""  # why the last try failed
+
+
+class Held(NamedTuple):
+    asked_at: float
+    held_at: float
+    session: Reservation
+    until: float | None = None  # when it is to be released, once that is known
+
+
+class Ended(NamedTuple):
+    asked_at: float
+    held_at: float | None
+    ended_at: float
+    how: str  # released, let go, lost, not reserved
+    reason: str
+
+
+State = Waiting | Held | Ended | None  # None: not yet begun
 
 
 @dataclass
 class Row:
-    """One reservation of the command, from the request to its end. Times are time.monotonic()."""
+    """One reservation of the command."""
 
     name: str
-    state: str = "planned"  # waiting, held, released, let go, lost, not reserved
-    requested_at: float = 0.0
-    held_at: float | None = None
-    ended_at: float | None = None
-    until: float | None = None  # when it is to be released, once that is known
-    session: Reservation | None = None
-    reason: str = ""
+    state: State = None
     release: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # held, or ended without
 
-    @property
-    def waiting_time(self) -> float:
-        return (self.held_at or self.ended_at or time.monotonic()) - self.requested_at
+
+class Output(io.TextIOBase):
+    """Standard output, written by a thread of its own: one that is slow, full or gone holds nothing up."""
+
+    def __init__(self) -> None:
+        self._texts: queue.Queue[str | None] = queue.Queue(1000)
+        self._printed, self._encoding = threading.Event(), sys.stdout.encoding  # Live puts itself in that place
+        threading.Thread(target=self._print, daemon=True).start()
 
     @property
-    def holding_time(self) -> float:
-        return (self.ended_at or time.monotonic()) - self.held_at if self.held_at else 0.0
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
 
-    def end(self, state: str, reason: str = "") -> None:
-        self.state, self.reason, self.ended_at = state, " ".join(reason.split()), time.monotonic()
-        self.settled.set()
+    def write(self, text: str) -> int:
+        with contextlib.suppress(queue.Full):
+            self._texts.put_nowait(text)
+        return len(text)
+
+    def close(self) -> None:
+        with contextlib.suppress(queue.Full):
+            self._texts.put_nowait(None)
+            self._printed.wait(1)
+
+    def _print(self) -> None:
+        try:
+            while (text := self._texts.get()) is not None:
+                data = text.encode(self.encoding, "backslashreplace")
+                while data:
+                    data = data[os.write(1, data) :]
+        except BrokenPipeError:  # nobody reads any more: end as by any other signal
+            signal.raise_signal(signal.SIGTERM)
+        except OSError:
+            pass
+        finally:
+            self._printed.set()
 
 
 class Display:
     """What a person sees: live rows on a terminal, plain lines with times elsewhere."""
 
     def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-        self.workers = ""  # of the endpoint, by state
-        self.console = Console(highlight=False)
-        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+        self.rows, self.workers = rows, ""  # the endpoint's, by state
+        self.seen: list[tuple[float, int]] = []  # when, and how many of them
+        self.output, self.live = Output(), sys.stdout.isatty()
+        self._console = Console(file=self.output, force_terminal=self.live, highlight=False)  # type: ignore[arg-type]
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> None:
-        if self.console.is_terminal:
+        if self.live:
             self._live.start()
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
+        self.output.close()
 
     def say(self, line: str) -> None:
         line = f"{time.strftime('%H:%M:%S')} {line}"
-        if self.console.is_terminal:
-            self.console.print(Text(line), soft_wrap=True)
+        if self.live:
+            self._console.print(Text(line), soft_wrap=True)
         else:
-            try:
-                print(line, flush=True)
-            except BrokenPipeError:  # nobody reads any more: end as by any other signal
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-                signal.raise_signal(signal.SIGTERM)
+            self.output.write(line + "\n")
+
+    def finish(self, lines: list[str]) -> None:
+        """Say the last of it, below the rows."""
+        self._live.stop()
+        self.output.write("\n".join(lines) + "\n")
+
+    def abort(self, status: int) -> None:
+        with contextlib.suppress(OSError):
+            os.write(1, b"\x1b[?25h" * self.live)  # shows the cursor
+        os._exit(status)
 
     def _render(self) -> Group:
-        table = Table.grid(padding=(0, 2))
-        now = time.monotonic()
-        for row in self.rows:
-            detail: object = Text(row.reason or (row.session.url if row.session else ""), overflow="ellipsis")
-            bar: object = ""
-            if row.state == "held":
-                if row.session.unreachable:
-                    detail = Text(f"not answering, given up in {max(0, row.session.time_to_live):.0f} s")
-                if row.until is not None and math.isfinite(row.until):
-                    total = max(row.until - row.held_at, 0.001)
-                    bar = ProgressBar(total=total, completed=min(now - row.held_at, total), width=16)
-                else:
-                    bar = "until released" if row.until else "until all are held"
-            since = row.waiting_time if row.state in ("waiting", "not reserved") else row.holding_time
-            clock = "" if row.state == "planned" else f"{int(since) // 60}:{int(since) % 60:02}"
-            table.add_row(row.name, row.state, clock, bar, detail)
-        return Group(table, Text(f"workers: {self.workers}", overflow="ellipsis") if self.workers else Text(""))
+        table, room = Table.grid(padding=(0, 2)), self._console.height - 3
+        shown = self.rows if len(self.rows) <= room else self.rows[: room - 1]
+        for row in shown:
+            table.add_row(row.name, *describe(row.state, time.monotonic()))
+        rest = count(label(row.state) for row in self.rows[len(shown) :])
+        lines = [f"and {len(self.rows) - len(shown)} more: {rest}"] if shown is not self.rows else []
+        lines += [f"workers: {self.workers}"] if self.workers else []
+        return Group(table, *(Text(line, overflow="crop", no_wrap=True) for line in lines))
+
+
+def count(names: Iterable[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in sorted(Counter(names).items())) or "none"
+
+
+def label(state: State) -> str:
+    return state.how if isinstance(state, Ended) else type(state).__name__.lower() if state else "planned"
+
+
+def describe(state: State, now: float) -> list[str | ProgressBar | Text]:
+    """The columns of a live row: the state, the time in it, the progress, and what else there is to know."""
+    seconds, detail = 0.0, ""
+    bar: str | ProgressBar = ""
+    if isinstance(state, Waiting):
+        seconds, detail = now - state.asked_at, state.trouble
+    elif isinstance(state, Ended):
+        seconds, detail = state.ended_at - (state.held_at or state.asked_at), state.reason
+    elif isinstance(state, Held):
+        seconds, detail, session = now - state.held_at, state.session.url, state.session
+        if session.unreachable:
+            detail = f"not answering, given up in {max(0, session.time_to_live):.0f} s"
+        bar = "until released" if state.until else "until all are held"
+        if state.until and math.isfinite(state.until):
+            bar = ProgressBar(state.until - state.held_at, min(seconds, state.until - state.held_at), width=16)
+    clock = f"{int(seconds) // 60}:{int(seconds) % 60:02}" if state else ""
+    return [label(state), clock, bar, Text(detail, overflow="crop", no_wrap=True)]
 
 
 async def occupy(row: Row, endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
     """Reserve a worker, hold it until `row.release` is set or it has ended otherwise, and note what happened."""
-    row.state, row.requested_at = "waiting", time.monotonic()
+    asked_at, held_at, how, reason = time.monotonic(), None, "not reserved", ""
+    row.state = Waiting(asked_at)
     display.say(f"{row.name} waiting for a worker")
+
+    def on_trouble(trouble: str) -> None:
+        if trouble and row.state != Waiting(asked_at, trouble) and not display.live:
+            display.say(f"{row.name} still waiting: {trouble}")
+        row.state = Waiting(asked_at, trouble)
+
     try:
-        async with reserve(endpoint, args.cost, args.lifetime, args.wait) as row.session:
-            row.state, row.held_at = "held", time.monotonic()
+        async with reserve(endpoint, args.cost, args.lifetime, args.wait, on_trouble=on_trouble) as session:
+            held_at, how = time.monotonic(), "released"
+            row.state = Held(asked_at, held_at, session)
             row.settled.set()
-            display.say(
-                f"{row.name} held after {row.waiting_time:.1f} s: session {row.session.session_id}, {row.session.url}"
-            )
-            ended, release = asyncio.ensure_future(row.session.ended()), asyncio.ensure_future(row.release.wait())
+            waited = f"held after {held_at - asked_at:.1f} s"
+            display.say(f"{row.name} {waited}: session {session.session_id}, {session.url}")
+            ended, release = asyncio.create_task(session.ended()), asyncio.create_task(row.release.wait())
             try:
                 await asyncio.wait({ended, release}, return_when=asyncio.FIRST_COMPLETED)
-                let_go = ended.done() and ended.result()
+                if ended.done() and ended.result():
+                    how, reason = "let go", "the worker let go"
             finally:
-                ended.cancel(), release.cancel()
-        row.end("let go" if let_go else "released", "the worker let go" if let_go else "")
-    except Exception as error:  # noqa: BLE001  whatever it was, this one has ended and the others go on
-        row.end("lost" if row.held_at else "not reserved", str(error) or repr(error))
+                ended.cancel()
+                release.cancel()
     except asyncio.CancelledError:
-        row.end("released" if row.held_at else "not reserved", "interrupted")
+        reason = "interrupted"
         raise
+    except Exception as error:  # noqa: BLE001  whatever it was, this one has ended and the others go on
+        how, reason = "lost" if held_at else "not reserved", " ".join((str(error) or repr(error)).split())
     finally:
-        held = f" after {row.holding_time:.1f} s" if row.held_at else ""
-        display.say(f"{row.name} {row.state}{held}" + f": {row.reason}" * bool(row.reason))
+        row.state = Ended(asked_at, held_at, time.monotonic(), how, reason)
+        row.settled.set()
+        held = f" after {row.state.ended_at - held_at:.1f} s" if held_at else ""
+        display.say(f"{row.name} {how}{held}{reason and f': {reason}'}")
 
 
 async def ramp(rows: list[Row], endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
     """Ramp up, hold all from the moment the last one is held, ramp down, the oldest first. A single one is a ramp too."""
-    plateau, occupying = args.plateau if args.demo else args.hold, []
-    watching = asyncio.ensure_future(watch_workers(endpoint, display) if args.demo else asyncio.sleep(0))
+    plateau = args.plateau if args.demo else args.hold
+    occupying: list[asyncio.Task[None]] = []
+    watching = [asyncio.create_task(watch_workers(endpoint, display))] if args.demo else []
     try:
         for row in rows:
             if occupying:
                 await asyncio.sleep(args.interval)
-            occupying.append(asyncio.ensure_future(occupy(row, endpoint, args, display)))
+            occupying.append(asyncio.create_task(occupy(row, endpoint, args, display)))
         for row in rows:
             await row.settled.wait()
-        for place, row in enumerate(row for row in rows if row.state == "held"):
-            row.until = time.monotonic() + plateau + place * args.interval
+        until = time.monotonic() + plateau
+        for row in rows:
+            if isinstance(row.state, Held):
+                row.state, until = row.state._replace(until=until), until + args.interval
         await asyncio.wait(occupying, timeout=None if math.isinf(plateau) else plateau)
         for row, task in zip(rows, occupying):
-            if row.state == "held":
+            if isinstance(row.state, Held):
                 row.release.set()
                 await task
-                if any(row.state == "held" for row in rows):
+                if any(isinstance(row.state, Held) for row in rows):
                     await asyncio.wait(occupying, timeout=args.interval)
+        if watching:  # the endpoint scale back down
+            display.say("watching the workers go")
+            await asyncio.wait(watching, timeout=15 if args.local else 60)
     finally:
-        for task in (watching, *occupying):
+        for task in (*watching, *occupying):
             task.cancel()
-        await asyncio.wait({watching, *occupying})
+        await asyncio.wait((*watching, *occupying))
 
 
 async def watch_workers(endpoint: Endpoint, display: Display) -> None:
+    """Note how many workers there are, until there is none any more."""
     while True:
         with contextlib.suppress(Exception):  # a display only; the reservations have their own eyes
-            states = Counter(worker.status for worker in await endpoint.get_workers())
-            seen = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
-            if seen != display.workers and not display.console.is_terminal:
+            states = [worker.status.lower() for worker in await endpoint.get_workers()]
+            running, seen = sum(state not in COLD for state in states), count(states)
+            if seen != display.workers and not display.live:
                 display.say(f"workers: {seen}")
             display.workers = seen
-        await asyncio.sleep(CHECK)
+            display.seen.append((time.monotonic(), running))
+            if not running and all(isinstance(row.state, Ended) for row in display.rows):
+                return
+        await asyncio.sleep(CHECK / 2)
 
 
-def chart(rows: list[Row], width: int = 40) -> list[str]:
-    """One line per reservation over a common time axis: dots while waiting, equals signs while held."""
-    first, last = min(row.requested_at for row in rows), max(row.ended_at for row in rows)
+def chart(rows: list[tuple[str, Ended]], workers: list[tuple[float, int]], width: int = 40) -> list[str]:
+    """One line per reservation over a common time axis: dots while waiting, equals signs while held; and under them how
+    many workers there were."""
+    first = min(end.asked_at for _, end in rows)
+    last = max([end.ended_at for _, end in rows] + [moment for moment, _ in workers])
     scale = width / max(last - first, 0.001)
 
     def column(moment: float) -> int:
         return round((moment - first) * scale)
 
-    lines = [f"{'':<4}{'0 s':<{width - 8}}{f'{last - first:.0f} s':>8}  . waiting  = held"]
-    for row in rows:
-        start, end = column(row.requested_at), column(row.ended_at)
-        held = column(row.held_at) if row.held_at else end
-        bar = " " * start + "." * (held - start) + "=" * (end - held)
-        lines.append(f"{row.name:<4}{bar:<{width}}  {row.waiting_time:.0f} s, {row.holding_time:.0f} s, {row.state}")
-    return lines
+    lines = [f"{'':<9}{'0 s':<{width - 8}}{f'{last - first:.0f} s':>8}  . waiting  = held"]
+    for name, end in rows:
+        held_at = end.ended_at if end.held_at is None else end.held_at
+        bar = " " * column(end.asked_at) + "." * (column(held_at) - column(end.asked_at))
+        bar += "=" * (column(end.ended_at) - column(held_at))
+        times = f"{held_at - end.asked_at:.0f} s, {end.ended_at - held_at:.0f} s, {end.how}"
+        lines.append(f"{name:<9}{bar:<{width}}  {times}")
+    counts = [" "] * width
+    for moment, number in workers:
+        place = max(0, min(width - 1, int((moment - first) * scale)))
+        counts[place:] = [str(number) if number < 10 else "+"] * (width - place)
+    return [*lines, f"{'workers':<9}{''.join(counts)}"] if workers else lines
 
 
 class UsageError(Exception):
     """One line for a person, and exit status 2."""
 
 
-def number(minimum: float, maximum: float, whole: bool = False, endless: bool = False) -> Callable[[str], float]:
+def number(minimum: float, maximum: float, kind: type = float, endless: bool = False) -> Callable[[str], float]:
     """An argparse type: a number within the bounds; `inf` only if `endless`."""
 
     def convert(text: str) -> float:
         try:
-            value = int(text) if whole else float(text)
+            value: float = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * whole}number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
         if not (minimum <= value <= maximum or (endless and value == math.inf)):
             raise argparse.ArgumentTypeError(f"{text} is not within {minimum:g} and {maximum:g}{', or inf' * endless}")
         return value
@@ -420,22 +717,22 @@ def number(minimum: float, maximum: float, whole: bool = False, endless: bool = 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="null_client.py", description="Reserve workers of a Vast endpoint.")
-    option, seconds = parser.add_argument, number(0.1, 7 * 86400)
+    option, week, instances = parser.add_argument, 7 * 86400, ("prod", "alpha", "candidate", "local")
     option("--endpoint", metavar="NAME", default=os.environ.get("VAST_ENDPOINT"), help="default: $VAST_ENDPOINT")
-    instances = ("prod", "alpha", "candidate", "local")
-    instance = os.environ.get("VAST_INSTANCE", "prod")
+    instance = os.environ.get("VAST_INSTANCE") or "prod"
     option("--instance", default=instance, help=f"{', '.join(instances)}; default: $VAST_INSTANCE or prod")
     option("--local", action="store_true", help="run against a stand-in for Vast on this machine")
-    endless = number(0.1, 7 * 86400, endless=True)
-    option("--hold", metavar="S", type=endless, default=180, help="seconds to hold, or inf (default: 180)")
     option("--demo", action="store_true", help="several reservations, ramped up and down")
-    option("--interval", metavar="S", type=seconds, default=30, help="demo: seconds between two steps (default: 30)")
-    option("--plateau", metavar="S", type=seconds, default=300, help="demo: seconds with all held (default: 300)")
-    option("--count", metavar="N", type=number(1, 100, whole=True), default=3, help="demo: how many (default: 3)")
-    option("--cost", metavar="N", type=number(1, 1e6, whole=True), default=100, help="load of one (default: 100)")
-    lifetime = number(1, 86400)
-    option("--lifetime", metavar="S", type=lifetime, default=120, help="seconds without a keep-alive (default: 120)")
-    option("--wait", metavar="S", type=seconds, default=1800, help="seconds to wait for a worker (default: 1800)")
+    for flag, kind, default, text in (
+        ("--hold", number(0.1, week, endless=True), 180, "seconds to hold, or inf"),
+        ("--interval", number(0.1, week), 30, "demo: seconds between two steps"),
+        ("--plateau", number(0.1, week), 300, "demo: seconds with all held"),
+        ("--count", number(1, 100, int), 3, "demo: how many"),
+        ("--cost", number(1, 1e6, int), 100, "load of one; 100 is one worker"),
+        ("--lifetime", number(1, 86400), 120, "seconds without a keep-alive"),
+        ("--wait", number(0.1, week), 1800, "seconds to wait for a worker"),
+    ):
+        option(flag, metavar="N", type=kind, default=default, help=f"{text} (default: {default})")
     args = parser.parse_args(arguments)
     if args.instance not in instances:
         parser.error(f"argument --instance: {args.instance!r} is none of {', '.join(instances)}")
@@ -453,16 +750,15 @@ async def connect(args: argparse.Namespace, display: Display) -> AsyncIterator[E
                 from null_local import LocalVast
             except ImportError as error:
                 raise UsageError(f"--local needs null_local.py beside this file: {error}") from error
-            vast = LocalVast(max_workers=args.count if args.demo else 1, on_event=display.say)
+            vast = LocalVast(args.count if args.demo else 1, inactivity_timeout=3, on_event=display.say)
             await stack.enter_async_context(vast)
-            client, name = vast.client(max_poll_interval=MAX_POLL), vast.endpoint_name
+            client, name = vast.client(), vast.endpoint_name
         else:
             try:
                 key = VastAI().client.api_key  # from the environment, or where `vastai set api-key` saved it
             except RuntimeError:
                 raise UsageError("no API key: set VAST_API_KEY, or save one with: vastai set api-key KEY") from None
-            client = Serverless(key, instance=args.instance, max_poll_interval=MAX_POLL)
-            name = args.endpoint
+            client, name = Serverless(key, instance=args.instance), args.endpoint
         await stack.enter_async_context(client)
         endpoints = {endpoint.name: endpoint for endpoint in await client.get_endpoints()}
         if name not in endpoints:
@@ -473,37 +769,39 @@ async def connect(args: argparse.Namespace, display: Display) -> AsyncIterator[E
 async def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status. After a signal every session is closed first; a second one ends it at once."""
     caught: list[int] = []
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    rows = [Row(f"#{place + 1}") for place in range(args.count if args.demo else 1)]
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    display = Display([Row(f"#{place + 1}") for place in range(args.count if args.demo else 1)])
+    # SIGHUP: the terminal is gone. One that is ignored on purpose (nohup) stays so.
+    signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
 
     def interrupt(signum: int) -> None:
         caught.append(signum)
         display.say("interrupted, closing")
-        for again in (signal.SIGINT, signal.SIGTERM):
+        for again in signals:
             loop.remove_signal_handler(again)
-            signal.signal(again, lambda *_: (display.console.show_cursor(), os._exit(128 + signum)))
-        task.cancel()
+            signal.signal(again, lambda *_: display.abort(128 + signum))
+        if task:
+            task.cancel()
 
-    display = Display(rows)
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in signals:
         loop.add_signal_handler(signum, interrupt, signum)
-    try:
-        with display:
+    with display:
+        try:
             display.say("connecting")
             async with connect(args, display) as endpoint:
-                await ramp(rows, endpoint, args, display)
-    except asyncio.CancelledError:
-        if not caught:
-            raise
-        return 128 + caught[0]
-    if args.demo:
-        print("\n".join(chart(rows)))
-    return 0 if all(row.state in ("released", "let go") for row in rows) else 1
+                await ramp(display.rows, endpoint, args, display)
+        except asyncio.CancelledError:
+            if not caught:
+                raise
+            return 128 + caught[0]
+        ends = [(row.name, row.state) for row in display.rows if isinstance(row.state, Ended)]
+        if args.demo:
+            display.finish(chart(ends, display.seen))
+    return 0 if all(end.how in ("released", "let go") for _, end in ends) else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # what Vast answers may not be in the terminal's encoding
     try:
         return asyncio.run(run(args))
     except UsageError as error:

@@ -1,46 +1,52 @@
 """The Null PyWorker: Vast Serverless starts and stops this GPU instance, and forwards nothing to it.
 
-A reservation is one session of Vast's worker framework, at most one at a time. A dispatcher opens it through the SDK
-and so gets the whole instance; a queue consumer on the instance does the work. The reservation ends when the consumer
-says `curl -X POST http://127.0.0.1:18999/release`, when the dispatcher closes it, when its lifetime runs out, or when
-this process is asked to stop.
+A reservation is one session of Vast's worker framework, at most one at a time. A dispatcher opens it and so gets the
+whole instance; a consumer on the instance works, and tells the control server to renew or to release it. It ends also
+when the dispatcher closes it, when nobody has renewed it for its lifetime, or when this process is asked to stop.
 
-On a Vast instance:     python null_worker.py
-Anywhere else:          python null_client.py --local
+On a Vast instance: python null_worker.py. Anywhere else: python null_client.py --local
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
+import importlib.metadata
 import ipaddress
 import json
 import logging
 import math
 import os
 import re
+import resource
+import select
 import signal
 import socket
 import socketserver
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
+import aiohttp
 from aiohttp import web
 
 PERFORMANCE = 100  # one session of cost 100 is one worker; 99.9 would make the autoscaler round up to one more
 MAX_COST = 1_000_000  # the signature doesn't cover it, and sums of huge ones would overflow in the reports
-MAX_BODY = 1 << 20  # bytes of a /session/create or /ping
+MAX_BODY = 1 << 20  # bytes of a request, before and after decompression
+MAX_TEXT = 4096  # bytes of a string in a request
+MAX_WAIT = 60  # seconds that a look or a consumer may wait for a change
+HEALTH_CHECK = 10.0  # seconds between two looks at a consumer that was well, and for one to be answered
+PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; its drain takes 8 at most
 IDLE_CONNECTION = 10.0  # seconds of silence after which the control server drops a connection
 RELEASE_WAIT = 15.0  # seconds; the framework bounds a session's on_close callback at 10
 DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
-
 log = logging.getLogger("null_worker")
 
 
@@ -48,361 +54,197 @@ class StartupError(Exception):
     """The worker can't start; the text is one line for a person."""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Everything that the environment decides, checked."""
 
     control_port: int
-    health_url: str | None  # of the consumer; None: the control server answers /health itself
-    host: str | None  # to listen on; None: every interface, as Vast needs
+    health_url: str | None = None  # of the consumer; None: the control server answers /health itself
+    host: str | None = None  # to listen on; None: every interface, as Vast needs
+    ports: tuple[int, int] = (3000, 3001)  # of the framework: WORKER_PORT, which the internet reaches; HTTP-only
+    start_timeout: float = 1800.0  # seconds that the consumer may take to its first healthy answer
+    unsecured: bool = False
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Settings":
         """Raise StartupError for the first bad value, or for all of Vast's variables that are missing."""
-        control_port = _port("NULL_CONTROL_PORT", env.get("NULL_CONTROL_PORT") or "18999")
-        health_url = env.get("BACKEND_HEALTH_URL") or None
-        if health_url is not None:
-            if not is_http_url(health_url):
-                raise _bad("BACKEND_HEALTH_URL", health_url, "an absolute http:// or https:// URL")
-            if is_loopback(urlsplit(health_url).hostname) and _effective_port(health_url) == control_port:
-                raise _bad("BACKEND_HEALTH_URL", health_url, "the consumer's own, not the control server's")
-        unsecured = env.get("UNSECURED", "false")
-        if unsecured.lower() not in ("y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"):
-            raise _bad("UNSECURED", unsecured, "true or false")
 
-        if env.get("WORKER_PORT"):
-            worker_port = _port("WORKER_PORT", env["WORKER_PORT"])
+        def need(fine: object, name: str, value: object, wanted: str) -> None:
+            if not fine:
+                raise StartupError(f"{name} is {str(value)!r}, should be {wanted}")
+
+        def port(name: str, value: str) -> int:
+            fine = re.fullmatch("[0-9]{1,5}", value) and 1 <= int(value) <= 65535
+            need(fine, name, value, "a port, 1-65535")
+            return int(value)
+
+        control_port = port("NULL_CONTROL_PORT", env.get("NULL_CONTROL_PORT") or "18999")
+        if url := env.get("BACKEND_HEALTH_URL"):
+            parts = http_url(url)
+            need(parts, "BACKEND_HEALTH_URL", url, "an absolute http:// or https:// URL")
+            own = parts and is_loopback(parts) and (parts.port or {"http": 80}.get(parts.scheme)) == control_port
+            need(not own, "BACKEND_HEALTH_URL", url, "the consumer's own, not the control server's")
+        timeout = env.get("BACKEND_START_TIMEOUT") or "1800"
+        fine = re.fullmatch(r"[0-9]{1,7}(\.[0-9]+)?", timeout) and float(timeout)
+        need(fine, "BACKEND_START_TIMEOUT", timeout, "a number of seconds above zero")
+        switch = re.fullmatch("(y|yes|t|true|on|1)|n|no|f|false|off|0", env.get("UNSECURED") or "no", re.IGNORECASE)
+        need(switch, "UNSECURED", env.get("UNSECURED"), "true or false")
+        worker_port = port("WORKER_PORT", env.get("WORKER_PORT") or "3000")
         mapped_port = f"VAST_TCP_PORT_{env.get('WORKER_PORT') or '<WORKER_PORT>'}"
         needed = ("CONTAINER_ID", "PUBLIC_IPADDR", "REPORT_ADDR", "WORKER_PORT", mapped_port)
-        if missing := [name for name in needed if not env.get(name)]:
-            raise StartupError(
-                f"not a Vast Serverless instance, {', '.join(missing)} not set; "
-                "to run it off Vast: python null_client.py --local"
-            )
-        if not (env["CONTAINER_ID"].isascii() and env["CONTAINER_ID"].isdigit()):
-            raise _bad("CONTAINER_ID", env["CONTAINER_ID"], "a number")
-        _port(mapped_port, env[mapped_port])
-        http_port = _port("WORKER_HTTP_PORT", env.get("WORKER_HTTP_PORT", str(worker_port + 1)))
-        if http_port == worker_port:
-            raise _bad("WORKER_HTTP_PORT", http_port, "another port than WORKER_PORT")
-        if control_port in (worker_port, http_port):
-            raise _bad("NULL_CONTROL_PORT", control_port, "another port than WORKER_PORT and WORKER_HTTP_PORT")
-        return cls(control_port, health_url, env["PUBLIC_IPADDR"] if is_loopback(env["PUBLIC_IPADDR"]) else None)
+        if missing := ", ".join(name for name in needed if not env.get(name)):
+            off_vast = "to run it off Vast: python null_client.py --local"
+            raise StartupError(f"not a Vast Serverless instance, {missing} not set; {off_vast}")
+        need(re.fullmatch("[0-9]+", env["CONTAINER_ID"]), "CONTAINER_ID", env["CONTAINER_ID"], "a number")
+        port(mapped_port, env[mapped_port])
+        http_port = port("WORKER_HTTP_PORT", env.get("WORKER_HTTP_PORT", str(worker_port + 1)))
+        need(http_port != worker_port, "WORKER_HTTP_PORT", http_port, "another port than WORKER_PORT")
+        ports, wanted = (worker_port, http_port), "another port than WORKER_PORT and WORKER_HTTP_PORT"
+        need(control_port not in ports, "NULL_CONTROL_PORT", control_port, wanted)
+        host = env["PUBLIC_IPADDR"] if is_loopback(http_url(f"http://{env['PUBLIC_IPADDR']}")) else None
+        return cls(control_port, url or None, host, ports, float(timeout), bool(switch and switch[1]))
 
     @property
-    def control_url(self) -> str:
-        return f"http://127.0.0.1:{self.control_port}"
-
-    @property
-    def callback_origin(self) -> tuple[str, int]:
-        """URL and port that a relative `on_close_route` is joined to: the consumer's where it is known."""
-        url = urlsplit(self.health_url or self.control_url)
-        host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
-        return f"{url.scheme}://{host}", _effective_port(url.geturl())
+    def watched_url(self) -> str:
+        return self.health_url or f"http://127.0.0.1:{self.control_port}/health"
 
 
-def _bad(name: str, value: object, wanted: str) -> StartupError:
-    return StartupError(f"{name} is {str(value)!r}, should be {wanted}")
-
-
-def _port(name: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit() and len(value) <= 5 and 1 <= int(value) <= 65535):
-        raise _bad(name, value, "a port, 1-65535")
-    return int(value)
-
-
-def is_http_url(text: str) -> bool:
-    try:
+def http_url(text: str) -> SplitResult | None:
+    """The parts of an absolute http(s) URL; None for anything else."""
+    with contextlib.suppress(ValueError):
         url = urlsplit(text)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not re.search(r"\s", text)
-    except ValueError:
-        return False
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not re.search(r"\s", text):
+            return url
+    return None
 
 
-def is_loopback(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
+def is_loopback(url: SplitResult | None) -> bool:
+    with contextlib.suppress(ValueError):
+        return url is not None and (url.hostname == "localhost" or ipaddress.ip_address(url.hostname or "").is_loopback)
+    return False
 
 
-def _names_loopback(host_header: str) -> bool:
-    try:
-        return is_loopback(urlsplit(f"//{host_header}").hostname)
-    except ValueError:
-        return False
+class Field(NamedTuple):
+    must_be: str
+    accepts: Callable[[Any], bool]
+    default: object = None  # stands for a field that is not there
 
 
-def _effective_port(url: str) -> int:
-    return urlsplit(url).port or (443 if urlsplit(url).scheme == "https" else 80)
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: object) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)  # a bool is no number
-    except OverflowError:  # an integer beyond the range of floats
-        return False
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) <= MAX_TEXT
 
 
-def auth_problems(body: object) -> dict[str, str]:
-    """What is wrong with the `auth_data` of a request's JSON body, by field; the fields are the router's answer."""
-    if not isinstance(body, dict):
-        return {"body": "must be an object"}
-    auth = body.get("auth_data")
-    if not isinstance(auth, dict):
-        return {"auth_data": "must be an object"}
-    problems = {
-        f"auth_data.{name}": f"must be {'a string' if kind is str else 'an integer'}"
-        for name, kind in (("endpoint", str), ("signature", str), ("url", str), ("reqnum", int), ("request_idx", int))
-        if type(auth.get(name)) is not kind
-    }
-    if not _is_number(auth.get("cost")) or not 0 <= auth["cost"] <= MAX_COST:
-        problems["auth_data.cost"] = f"must be a number from 0 to {MAX_COST}"
-    return problems
+TEXT = Field(f"a string of at most {MAX_TEXT} bytes", _is_text)
+INTEGER = Field("an integer of 64 bits", lambda value: type(value) is int and -(1 << 63) <= value < 1 << 63)
+COST = Field(f"a number from 0 to {MAX_COST}", lambda value: _is_number(value, 0, MAX_COST))
+WAIT = Field(f"a number of seconds from 0 to {MAX_WAIT}", lambda value: _is_number(value, 0, MAX_WAIT), 0)
+LIFETIME = Field("a finite number of seconds above 0", lambda value: _is_number(value, 1e-9, sys.float_info.max), 60.0)
+CALLBACK = Field(
+    "an http(s) URL or a path that begins with /",
+    lambda value: value is None or (_is_text(value) and (value[:1] == "/" or http_url(value) is not None)),
+)
+AUTH_DATA = {"cost": COST, "endpoint": TEXT, "reqnum": INTEGER, "request_idx": INTEGER, "signature": TEXT, "url": TEXT}
+HELD: dict[str, Any] = {"session_id": TEXT, "session_auth": {}}
+CREATE, LOOK, END, PING, UPDATE = "/session/create", "/session/get", "/session/end", "/ping", "/pyworker/update"
+# A mapping is an object with these fields; it may have others, as the router's answers do.
+ROUTES: dict[str, dict[str, Any]] = {
+    CREATE: {"auth_data": AUTH_DATA, "payload": {"lifetime": LIFETIME, "on_close_route": CALLBACK}},
+    LOOK: {**HELD, "wait": WAIT},
+    END: HELD,
+    "/session/health": HELD,
+    PING: {"auth_data": AUTH_DATA, "payload": {}, "session_id": TEXT},  # without a session it would be load
+    UPDATE: {},
+}
 
 
-def create_problems(body: object) -> dict[str, str]:
-    """What is wrong with the JSON body of a `/session/create`, by field; empty when it may go to the framework."""
-    problems = auth_problems(body)
-    if "body" in problems:
-        return problems
-    payload = body.get("payload")
-    if not isinstance(payload, dict):
-        return problems | {"payload": "must be an object"}
-    lifetime = payload.get("lifetime", 60.0)  # the framework's default
-    if not _is_number(lifetime) or lifetime <= 0:
-        problems["payload.lifetime"] = "must be a finite number of seconds above zero"
-    route = payload.get("on_close_route")
-    if route is not None and not (isinstance(route, str) and (route.startswith("/") or is_http_url(route))):
-        problems["payload.on_close_route"] = "must be an http(s) URL or a path that begins with /"
-    return problems
+class Refusal(Exception):
+    """A request doesn't get in. The arguments: the status and the JSON that it is answered."""
 
 
-def ping_problems(body: object) -> dict[str, str]:
-    """What is wrong with the JSON body of a `/ping`. One outside a session would be load without a reservation."""
-    problems = auth_problems(body)
-    if "body" not in problems and not isinstance(body.get("session_id"), str):
-        problems["session_id"] = "must be a string"
-    return problems
+def problems(message: Mapping[str, Any], fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """What is wrong with the fields of a request, by name; empty when nothing is."""
+    found = {}
+    for name, field in fields.items():
+        value = message.get(name, getattr(field, "default", None))
+        if isinstance(field, Field):
+            if not field.accepts(value):
+                found[prefix + name] = f"must be {field.must_be}"
+        elif isinstance(value, dict):
+            found |= problems(value, field, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = "must be an object"
+    return found
 
 
-def release_answer(session_ids: list[str], fenced: bool, failures: list[str]) -> tuple[int, dict]:
-    """Status and JSON of a `/release` that ended `session_ids`; `fenced` when it named the session to end."""
-    if failures:
-        return 500, {"released": True, "session_ids": session_ids, "reason": "; ".join(failures)}
-    if session_ids:
-        return 200, {"released": True, "session_ids": session_ids}
-    return 200, {"released": False, "reason": "session ID is not active" if fenced else "no active session"}
+async def read(route: str, request: web.Request) -> dict[str, Any]:
+    """The JSON of a request to one of ROUTES, bounded and checked; raises Refusal.
 
-
-class Framework:
-    """The SDK's worker, and the only place that uses names which the SDK doesn't promise.
-
-    Raises StartupError where one of them is missing.
+    Always UTF-8, whatever charset the caller names: some decoders take quadratic time.
     """
-
-    def __init__(self, settings: Settings, lifecycle: contextlib.AbstractAsyncContextManager) -> None:
-        try:
-            from vastai.serverless.server.lib import backend as backend_module
-            from vastai.serverless.server.lib.data_types import AuthData
-            from vastai.serverless.server.worker import BenchmarkConfig, HandlerConfig, Worker, WorkerConfig
-
-            model_server_url, model_server_port = settings.callback_origin
-            ping = HandlerConfig(
-                route="/ping",
-                allow_parallel_requests=True,
-                max_queue_time=None,
-                remote_function=_pong,
-                workload_calculator=lambda _payload: 0.0,  # a keep-alive is not load
-                benchmark_config=BenchmarkConfig(generator=dict, runs=1, concurrency=1, do_warmup=False),
-            )
-            self._worker = Worker(
-                WorkerConfig(
-                    model_server_url=model_server_url,
-                    model_server_port=model_server_port,
-                    model_healthcheck_url=settings.health_url or f"{settings.control_url}/health",
-                    handlers=[ping],
-                    max_sessions=1,
-                    lifecycle=lifecycle,
-                )
-            )
-            self._backend = backend = self._worker.backend
-            self._metrics = backend.metrics
-            self._benchmark = Path(backend_module.BENCHMARK_INDICATOR_FILE)
-            self._auth_data = AuthData
-            self._send_report = self._metrics._Metrics__send_metrics_and_reset
-            self._verify = backend._Backend__check_signature
-            self._close_session = backend._Backend__close_session
-            create = backend.session_create_handler
-            (ping_route,) = self._worker.routes
-            # Used later, where a missing one would be found too late.
-            attrgetter("_pubkey", "unsecured", "sessions", "session_metrics")(backend)
-            attrgetter("_request_success", "_request_end", "update_pending", "aclose")(self._metrics)
-            attrgetter("requests_deleting")(self._metrics.model_metrics)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise StartupError(f"this vastai-sdk is not known to work ({error}); 1.3 up to below 2 is") from error
-        self.accepting = False
-        self._closing: set[asyncio.Task[bool]] = set()
-        self._changes = 0  # of the load that is to be reported
-        self._metrics._Metrics__send_metrics_and_reset = self._report
-        # Every end of a session goes through close(): release, /session/end, and the sweep of the expired ones. The
-        # sweep must not wait for a slow callback, and the dispatcher need not.
-        backend._Backend__close_session = partial(self.close, patience=1.0)
-        # The framework binds its routes to the web server only in run().
-        backend.session_create_handler = self._guarded(create, create_problems)
-        self._worker.routes = [web.post("/ping", self._guarded(ping_route.handler, ping_problems))]
-
-    async def run(self, host: str | None) -> None:
-        await self._worker.run_async(host=host)
-
-    def pin_performance(self) -> None:
-        """Stand in for the benchmark, which would time a handler that does nothing. A file found there isn't ours."""
-        self._benchmark.write_text(f"{PERFORMANCE}\n")
-
-    async def close(self, session_id: str, patience: float | None = None) -> bool:
-        """End a session as a success. False if there is none of that id; raises what the framework's metrics raise.
-
-        Wait `patience` seconds at most for its on_close callback; None: as long as the framework does. Once begun it is
-        carried through, even when the request that asked for it is cancelled: the framework would drop the rest there,
-        and report the load of a session that is gone for ever.
-        """
-        closing = asyncio.ensure_future(self._close(session_id))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
-        done, _ = await asyncio.wait({closing}, timeout=patience)
-        return closing.result() if done else True
-
-    async def _close(self, session_id: str) -> bool:
-        # Counted before the framework's own close, which first waits for the on_close callback: for up to 10 s the
-        # session would be gone and its load still reported, on top of its successor's.
-        request = self._backend.session_metrics.pop(session_id, None)
-        try:
-            if request is not None:
-                log.info("ended session=%s request_idx=%s", session_id, request.request_idx)
-                try:
-                    self._metrics._request_success(request)
-                finally:
-                    self._metrics._request_end(request)
-                    self._metrics.update_pending = True
-                    self._changes += 1
-        finally:
-            closed = await self._close_session(session_id)
-        return closed
-
-    async def _report(self) -> None:
-        # The framework forgets a change that comes while a report is under way, and would tell it 10 s later.
-        before = self._changes
-        await self._send_report()
-        if self._changes != before:
-            self._metrics.update_pending = True
-
-    async def release(self, session_id: str | None = None) -> tuple[int, dict]:
-        """End that session, or whichever is open; status and JSON as `/release` answers them."""
-        ended, failures = [], []
-        for candidate in list(self._backend.sessions) if session_id is None else [session_id]:
-            try:
-                if not await self.close(candidate):
-                    continue
-            except Exception as error:
-                log.exception("closing session=%s failed; the worker is free", candidate)
-                failures.append(f"closing failed, the worker is free: {type(error).__name__}: {error}")
-            ended.append(candidate)
-        return release_answer(ended, session_id is not None, failures)
-
-    async def drain(self) -> None:
-        """Take no new session, end the open one, and see that the autoscaler knows."""
-        self.accepting = False
-        log.info("draining sessions=%s, waiting for on_close callbacks", list(self._backend.sessions))
-        await asyncio.wait({asyncio.ensure_future(self.release()), *self._closing})
-        log.info("waiting for the autoscaler to take the last report")
-        while self._metrics.update_pending or self._metrics.model_metrics.requests_deleting:
-            await asyncio.sleep(0.05)
-        await self._metrics.aclose()
-        if "session" in vars(self._backend):  # a cached_property: there once it was used
-            await self._backend.session.close()
-
-    def _guarded(self, handler: Callable, problems_of: Callable[[object], dict[str, str]]) -> Callable:
-        """Put a check of every field, and the signature rule of the framework's other routes, before `handler`."""
-
-        async def guard(request: web.Request) -> web.StreamResponse:
-            try:
-                body = await request.clone(client_max_size=MAX_BODY).json()
-            except web.HTTPRequestEntityTooLarge:
-                return _refusal(413, f"body over {MAX_BODY} bytes")
-            except (ValueError, LookupError, RecursionError, web.RequestPayloadError):
-                return _refusal(422, "body is not JSON")
-            if problems := problems_of(body):
-                return _refusal(422, "invalid fields", fields=problems)
-            if not self.accepting:
-                return _refusal(503, "no sessions now: starting up or draining")
-            if not self._backend.unsecured and self._backend._pubkey is None:
-                return _refusal(503, "no sessions yet: the public key has not arrived")
-            if not self._verify(self._auth_data.from_json_msg(body["auth_data"])):
-                log.warning(
-                    "refused %s from=%s: the signature does not verify; UNSECURED=true would accept it, and anyone's",
-                    request.path,
-                    request.remote,
-                )
-                return _refusal(401, "signature does not verify")
-            response = await handler(_Checked(body, request.transport))
-            if response.status == 201:
-                log.info("reserved %s", response.text)
-                self._changes += 1
-            return response
-
-        return guard
+    found = {"body": "must be a JSON object in UTF-8"}
+    try:
+        body = await request.clone(client_max_size=MAX_BODY).read()
+        message = {} if route == UPDATE else json.loads(body.decode())  # of that one the framework reads only a header
+        if isinstance(message, dict) and not (found := problems(message, ROUTES[route])):
+            return message
+    except web.HTTPRequestEntityTooLarge:
+        if "Content-Encoding" in request.headers:  # aiohttp would inflate the rest, to throw it away
+            request.protocol._lingering_time = 0.0
+        raise Refusal(413, {"error": f"body over {MAX_BODY} bytes"}) from None
+    except (web.RequestPayloadError, ValueError, RecursionError):
+        pass
+    raise Refusal(422, {"error": "invalid", "fields": found})
 
 
-@dataclass(frozen=True, eq=False)
-class _Checked:
-    """What the framework's handlers take of a request. The body is parsed once: what was checked is what is used."""
-
-    body: dict
-    transport: asyncio.Transport | None
-
-    async def json(self) -> dict:
-        return self.body
+def has_hung_up(transport: asyncio.BaseTransport | None) -> bool:
+    """Whether the caller is gone, as far as the kernel knows; the event loop may not have heard of it yet."""
+    if transport is None or transport.is_closing():
+        return True
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
+    return bool(poll.poll(0))
 
 
-def _refusal(status: int, error: str, **more: object) -> web.Response:
-    return web.json_response({"error": error, **more}, status=status)
+class Answer(NamedTuple):
+    status: int
+    body: dict[str, Any]
+    allow: str | None = None  # the methods, after a wrong one
 
 
-async def _pong(**_payload: object) -> dict:
-    return {}
+METHODS = {"/health": ("GET", "HEAD"), "/session": ("GET",), "/release": ("POST",), "/renew": ("POST",)}
+
+
+def control(obey: Callable[[str, str | None, float], Answer], health_stub: bool, method: str, target: str) -> Answer:
+    """The answer to a request to the control server. `obey` takes what it wants: path, session id, seconds to wait."""
+    path, _, query = target.partition("?")
+    if path not in METHODS or (path == "/health" and not health_stub):
+        return Answer(404, {"error": "not found"})
+    if method not in METHODS[path]:
+        return Answer(405, {"error": f"use {METHODS[path][0]}"}, ", ".join(METHODS[path]))
+    if path == "/health":
+        return Answer(200, {"status": "ok"})
+    values, name = parse_qs(query, keep_blank_values=True), "wait" if path == "/session" else "session_id"
+    given = values.pop(name, [])
+    if values or len(given) > 1:  # a misspelt fence must not end somebody else's session
+        return Answer(400, {"error": f"the only parameter is {name}, once"})
+    if path != "/session" or not given:
+        return obey(path, given[0] if given else None, 0.0)  # an empty id is an id that is not active
+    try:
+        wait = float(given[0])
+    except ValueError:
+        wait = math.nan
+    return obey(path, None, wait) if WAIT.accepts(wait) else Answer(400, {"error": f"wait must be {WAIT.must_be}"})
 
 
 class ControlServer(socketserver.ThreadingTCPServer):
-    """What the consumer on the instance talks to. A thread per connection: a slow release doesn't hold up `/health`.
+    """A thread per connection: a slow release doesn't hold up `/health`. (http.server's own looks its host name up.)"""
 
-    Not http.server's own server class, which looks its host name up in the DNS when it binds.
-    """
-
-    allow_reuse_address = True
-    daemon_threads = True
+    allow_reuse_address = daemon_threads = True
     request_queue_size = 128
-
-    def __init__(self, port: int, health_stub: bool, release: Callable[[str | None], tuple[int, dict]]) -> None:
-        """Bind to 127.0.0.1, or raise OSError. `release` takes a session id or None, and gives status and JSON."""
-        self.health_stub, self.release = health_stub, release
-        super().__init__(("127.0.0.1", port), ControlHandler)
-
-    def answer(self, method: str, target: str) -> tuple[int, dict, dict]:
-        """Status, JSON and extra headers."""
-        path, _, query = target.partition("?")
-        if path == "/health" and self.health_stub:
-            if method in ("GET", "HEAD"):
-                return 200, {"status": "ok"}, {}
-            return 405, {"error": "use GET"}, {"Allow": "GET, HEAD"}
-        if path == "/release":
-            if method != "POST":
-                return 405, {"error": "use POST"}, {"Allow": "POST"}
-            parameters = parse_qs(query, keep_blank_values=True)  # an empty id is an id that is not active
-            session_ids = parameters.pop("session_id", [None])
-            if parameters or len(session_ids) > 1:  # a misspelt fence must not end somebody else's session
-                return 400, {"error": "the only parameter is session_id, once"}, {}
-            return *self.release(session_ids[0]), {}
-        return 404, {"error": "not found"}, {}
+    answer: Callable[[str, str], Answer]  # to a method and a target
 
     def handle_error(self, request: object, client_address: object) -> None:
         log.debug("control connection failed: %r", sys.exc_info()[1])
@@ -414,29 +256,31 @@ class ControlHandler(BaseHTTPRequestHandler):
     default_request_version = "HTTP/1.0"  # garbage gets a status line too
     wbufsize = -1  # headers and body in one packet: two would meet Nagle's algorithm and a delayed acknowledgement
 
-    def __getattr__(self, name: str) -> Callable:
+    def __getattr__(self, name: str) -> Callable[[], None]:
         if name.startswith("do_"):  # http.server looks for a method per HTTP method; wrong ones get their answer too
             return self._answer
         raise AttributeError(name)
 
     def _answer(self) -> None:
-        if all(map(_names_loopback, self.headers.get_all("Host", []))):
-            self._reply(*self.server.answer(self.command, self.path))
+        if all(is_loopback(http_url(f"http://{host}")) for host in self.headers.get_all("Host", [])):
+            self._reply(self.server.answer(self.command, self.path))
         else:
-            self._reply(403, {"error": "Host is not loopback"}, {})
+            self._reply(Answer(403, {"error": "Host is not loopback"}))
 
-    def _reply(self, status: int, answer: dict, headers: dict) -> None:
-        text = json.dumps(answer).encode() + b"\n"
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(text), **headers}.items():
-            self.send_header(name, str(value))
+    def _reply(self, answer: Answer) -> None:
+        text = json.dumps(answer.body).encode() + b"\n"
+        self.send_response_only(answer.status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        if answer.allow:
+            self.send_header("Allow", answer.allow)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(text)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         self.close_connection = True
-        self._reply(code, {"error": message or HTTPStatus(code).phrase}, {})
+        self._reply(Answer(code, {"error": message or self.responses[code][0]}))
 
     def finish(self) -> None:
         """Read the request's body, however long, after the answer: unread bytes would reset the client's connection."""
@@ -450,67 +294,367 @@ class ControlHandler(BaseHTTPRequestHandler):
         pass
 
 
+class Framework:
+    """The SDK's worker under ordinary names: the only place that uses names which the SDK doesn't promise.
+
+    `life` answers every request and ends every session. Raises StartupError where the SDK isn't known to work.
+    """
+
+    def __init__(self, settings: Settings, life: "NullWorker") -> None:
+        os.environ["UNSECURED"] = str(settings.unsecured).lower()  # the framework takes an empty one for an error
+        version = "of an unknown version"
+        try:
+            version = importlib.metadata.version("vastai")
+            if not (1, 3) <= tuple(map(int, version.split(".")[:2])) < (2,):
+                raise ImportError("too old, or too new")
+            from vastai import BenchmarkConfig, HandlerConfig, Worker, WorkerConfig  # type: ignore[import-untyped]
+            from vastai.serverless.server.lib import backend as backend_module  # type: ignore[import-untyped]
+            from vastai.serverless.server.lib import metrics as metrics_module
+
+            benchmark = BenchmarkConfig(generator=dict, runs=1, concurrency=1, do_warmup=False)
+            options = {"allow_parallel_requests": True, "workload_calculator": lambda _: 0.0}  # a ping is not load
+            ping = HandlerConfig(PING, benchmark_config=benchmark, remote_function=_pong, **options)
+            config = WorkerConfig(handlers=[ping], max_sessions=1, lifecycle=life.lifecycle())
+            worker = Worker(config)
+            self._backend, self._metrics = backend, metrics = worker.backend, worker.backend.metrics
+            consumer = urlsplit(settings.watched_url)
+            backend.model_server_url = f"{consumer.scheme}://{consumer.netloc.rpartition('@')[2]}"  # of on_close_routes
+            self._auth_data, self._verify = backend_module.AuthData, backend._Backend__check_signature
+            backend_module.log.disabled = True  # it prints the whole of what it refuses; its errors are reported anyway
+            self._close, call_back = backend._Backend__close_session, backend._Backend__run_session_on_close
+            names = {route: route[1:].replace("/", "_") + "_handler" for route in ROUTES if route != PING}
+            self._handlers = {route: getattr(backend, name) for route, name in names.items()}
+            self._handlers[PING] = worker.routes[0].handler
+            self.run: Callable[..., Awaitable[None]] = worker.run_async
+            self.benchmark_file = Path(backend_module.BENCHMARK_INDICATOR_FILE)
+            self.has_master_token = bool(backend.mtoken)
+            counters = _exact_counters(metrics_module.ModelMetrics, metrics)
+            # Used later, where a missing one would be found too late.
+            for holder, names_used in (
+                (backend, "_pubkey unsecured sessions session_metrics backend_errored model_server_url"),
+                (metrics, "_request_success _request_end update_pending aclose system_metrics.model_is_loaded"),
+                (metrics.model_metrics, "requests_deleting error_msg"),
+                (metrics_module, "METRICS_UPDATE_INTERVAL"),
+                (backend_module, "AuthData.from_json_msg Backend.session"),
+            ):
+                attrgetter(*names_used.split())(holder)
+            itemgetter("session_id", "lifetime", "expiration")(backend_module.Session.__dataclass_fields__)
+        except (ImportError, AttributeError, TypeError, ValueError, LookupError) as error:
+            raise StartupError(f"vastai-sdk {version} is not known to work ({error}); 1.3 up to below 2 is") from error
+
+        async def gone(session: Any) -> None:
+            life.wake()
+            await call_back(session)
+
+        metrics.model_metrics = counters
+        metrics_module.METRICS_UPDATE_INTERVAL = 0.5  # seconds; the framework's 1 would take half of the 2 s to ready
+        logging.getLogger().setLevel(logging.INFO)  # Worker() sets DEBUG, and prints whatever callers send
+        backend.backend_errored = self.report_error
+        backend._Backend__run_session_on_close = gone
+        backend._Backend__close_session = partial(life.close, patience=1.0)
+        for route, name in names.items():  # which the framework binds to its web server only in run()
+            setattr(backend, name, partial(life.door, route))
+        worker.routes = [web.post(PING, partial(life.door, PING))]
+
+    @property
+    def has_key(self) -> bool:
+        """Whether signatures can be verified, or need not be."""
+        return self._backend.unsecured or self._backend._pubkey is not None
+
+    @property
+    def error(self) -> str | None:
+        """What was reported to the autoscaler as the worker's error; it stays."""
+        return self._metrics.model_metrics.error_msg  # type: ignore[no-any-return]
+
+    @property
+    def has_told_all(self) -> bool:
+        return not (self._metrics.update_pending or self._metrics.model_metrics.requests_deleting)
+
+    def session(self, session_id: str | None = None) -> Any | None:
+        """The open session if it has that id, or whichever is open. The SDK's: session_id, lifetime, expiration."""
+        return next((s for s in self._backend.sessions.values() if session_id in (None, s.session_id)), None)
+
+    def verifies(self, auth_data: dict[str, Any]) -> bool:
+        return bool(self._verify(self._auth_data.from_json_msg(auth_data)))
+
+    async def handle(self, route: str, message: dict[str, Any], request: web.Request) -> web.Response:
+        """The framework's own answer to a request. `message` is its JSON: what was checked is what is used."""
+
+        async def json() -> dict[str, Any]:
+            return message
+
+        seen = SimpleNamespace(json=json, headers=request.headers, transport=request.transport)
+        return await self._handlers[route](seen)  # type: ignore[no-any-return]
+
+    async def end(self, session_id: str) -> bool:
+        """Count a session as a success, remove it, and call its on_close callback. False if there is none of that id.
+
+        The framework counts after the callback, and reports the load for up to 10 s too long. Raises what it raises.
+        """
+        try:
+            if request := self._backend.session_metrics.pop(session_id, None):
+                self._metrics.update_pending = True
+                self._metrics._request_end(request)  # first: it must be done even if the other raises
+                self._metrics._request_success(request)
+        finally:
+            closed = await self._close(session_id)
+        return bool(closed)
+
+    def report_error(self, text: str) -> None:
+        self._metrics.model_metrics.error_msg = text or "an error without a text"  # an empty one means that all is well
+        self._metrics.system_metrics.model_is_loaded = True
+        self.report_soon()
+        log.error("reported as broken: %s", self.error)
+
+    def report_soon(self) -> None:
+        self._metrics.update_pending = True
+
+    async def aclose(self) -> None:
+        await self._metrics.aclose()
+        await self._backend.session.close()
+
+
+async def _pong(**_payload: object) -> dict[str, object]:
+    return {}
+
+
+def _exact_counters(base: Any, metrics: Any) -> Any:
+    """The framework's counters, which it zeroes after a report: here what came meanwhile is kept for the next one."""
+    counted = [f"workload_{kind}" for kind in ("served", "received", "cancelled", "errored", "rejected")]
+    state = attrgetter(*counted, "cur_load", "max_throughput", "error_msg")
+
+    class Counters(base):  # type: ignore[misc]  # the SDK has no types
+        @property
+        def workload_processing(self) -> float:  # read once, when a report is written
+            self.told = state(self)
+            return float(super().workload_processing)
+
+        def reset(self) -> None:
+            metrics.update_pending = state(self) != self.told
+            for name, value in zip(counted, self.told):
+                setattr(self, name, getattr(self, name) - value)
+
+    attrgetter("reset", "workload_processing")(base)
+    state(counters := Counters.empty())
+    return counters
+
+
 class NullWorker:
-    """The life of the worker: startup, reservations, drain."""
+    """The life of the worker: ready, reserved, sick, draining. Every decision about reservations is made here."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.framework = Framework(settings, self.lifecycle())
-        self.stopping = asyncio.Event()
+        self.stage: Literal["starting up", "ready", "draining"] = "starting up"
+        self.undone = "anything: the event loop is blocked"  # of the drain
+        self._closing: set[asyncio.Task[bool]] = set()
+        self._well = asyncio.Event()  # it can be reserved: the key is there, and the consumer was well once
+        self._change = asyncio.Event()  # a session has come or gone; then a new one takes its place
+        self._refusal_logged = -math.inf  # when it was
+        self.framework = Framework(settings, self)
 
     @contextlib.asynccontextmanager
     async def lifecycle(self) -> AsyncIterator[None]:
         """Entered by the framework, which reports an exception from here to the autoscaler as the worker's error."""
-        self.framework.pin_performance()
-        loop = asyncio.get_running_loop()
-
-        def release(session_id: str | None) -> tuple[int, dict]:
-            future = asyncio.run_coroutine_threadsafe(self.framework.release(session_id), loop)
-            try:
-                return future.result(RELEASE_WAIT)
-            except concurrent.futures.TimeoutError:
-                return 504, {"reason": f"closing took over {RELEASE_WAIT:g} s and goes on; the worker is free"}
-
-        with ControlServer(self.settings.control_port, self.settings.health_url is None, release) as server:
+        self.framework.benchmark_file.write_text(f"{PERFORMANCE}\n")  # or it would time a handler that does nothing
+        with ControlServer(("127.0.0.1", self.settings.control_port), ControlHandler) as server:
+            server.answer = partial(control, self._obey_from_thread, self.settings.health_url is None)
             threading.Thread(target=server.serve_forever, name="control", daemon=True).start()
-            log.info("control server url=%s", self.settings.control_url)
-            self.framework.accepting = not self.stopping.is_set()
+            log.info("control server port=%d", self.settings.control_port)
+            watching = asyncio.create_task(self._watch_health())
             try:
+                await self._well.wait()
+                if self.stage == "starting up":
+                    self.stage = "ready"
+                self.framework.report_soon()  # the framework marks the worker as loaded next, and would tell it 10 s later
                 yield
             finally:
+                watching.cancel()
                 await asyncio.to_thread(server.shutdown)
 
-    async def serve(self) -> None:
-        """Run until a SIGTERM or SIGINT, then drain. A second signal ends the process at once."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-        serving = asyncio.ensure_future(self.framework.run(self.settings.host))
-        stopping = asyncio.ensure_future(self.stopping.wait())
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if stopping.done():
-            await self.framework.drain()
-            serving.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await serving
+    async def _watch_health(self) -> None:
+        """Ask every second until all is well for the first time, then every ten, until there is an error."""
+        deadline = time.monotonic() + self.settings.start_timeout
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_CHECK)) as http:
+            while not self.framework.error:
+                problem = await self._health_problem(http)
+                if problem and (self._well.is_set() or time.monotonic() > deadline):
+                    late = "" if self._well.is_set() else f"not well within {self.settings.start_timeout:g} s: "
+                    self.framework.report_error(late + problem)
+                elif not problem and self.framework.has_key:  # the framework fetches it, or reports that it can't
+                    self._well.set()
+                await asyncio.sleep(HEALTH_CHECK if self._well.is_set() else 1 if problem else 0.1)
 
-    def stop(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        # Whatever hangs, a callback, the autoscaler or a name lookup in a thread, the process ends in time.
-        watchdog = threading.Timer(DRAIN, os._exit, (0,))
-        watchdog.daemon = True
-        watchdog.start()
-        self.stopping.set()
+    async def _health_problem(self, http: aiohttp.ClientSession) -> str | None:
+        """What is wrong with the consumer, or where none is named with the control server itself."""
+        try:
+            async with http.get(self.settings.watched_url) as response:
+                return None if response.status == 200 else f"the health check answers {response.status}"
+        except asyncio.TimeoutError:
+            return f"the health check does not answer within {HEALTH_CHECK:g} s"
+        except (aiohttp.ClientError, OSError) as error:
+            return f"the health check fails: {type(error).__name__}: {error}"
+
+    async def door(self, route: str, request: web.Request) -> web.StreamResponse:
+        """Answer any request that reaches the framework's ports."""
+        try:
+            message = await read(route, request)
+            if route == UPDATE and not self.framework.has_master_token:
+                raise Refusal(403, {"error": "MASTER_TOKEN is not set"})
+            if route == CREATE and (self.stage != "ready" or self.framework.error):
+                raise Refusal(503, {"error": f"no sessions now: {self.framework.error or self.stage}"})
+            if route in (CREATE, PING) and not self.framework.verifies(message["auth_data"]):
+                if time.monotonic() - self._refusal_logged > 1:
+                    self._refusal_logged = time.monotonic()
+                    text = "refused %s from=%s: the signature does not verify; UNSECURED=true would accept anyone's"
+                    log.warning(text, route, request.remote)
+                raise Refusal(401, {"error": "signature does not verify"})
+        except Refusal as refusal:
+            status, answer = refusal.args
+            return web.json_response(answer, status=status)
+        response = await self.framework.handle(route, message, request)
+        if route == LOOK and response.status == 200 and message.get("wait"):
+            await self._until(lambda: not self.framework.session(message["session_id"]), message["wait"])
+            return await self.framework.handle(route, message, request)
+        if route == CREATE and response.status == 201:
+            await self._hand_out(json.loads(response.text or "")["session_id"], request, response)
+        return response
+
+    async def _hand_out(self, session_id: str, request: web.Request, response: web.Response) -> None:
+        """Write the 201. A creator that is gone before that leaves no session behind."""
+        try:
+            if has_hung_up(request.transport):
+                raise ConnectionResetError
+            await response.prepare(request)
+            await response.write_eof()
+        except (ConnectionError, asyncio.CancelledError):
+            await self.close(session_id)
+            raise
+        log.info("reserved session=%s", session_id)
+        self.wake()
+
+    async def close(self, session_id: str, patience: float | None = None) -> bool:
+        """See Framework.end(). Wait `patience` seconds at most for the callback; None: as long as the framework does.
+
+        Carried through once begun: the framework drops the rest when its caller hangs up, and reports the load for ever.
+        """
+        log.info("ending session=%s", session_id)
+        closing = asyncio.create_task(self.framework.end(session_id))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        done, _ = await asyncio.wait({closing}, timeout=patience)
+        return closing.result() if done else True
+
+    def wake(self) -> None:
+        """A session has come or gone."""
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def _until(self, condition: Callable[[], object], seconds: float) -> None:
+        """Wait for a condition, at most that long."""
+        deadline = time.monotonic() + seconds
+        while not condition() and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._change.wait(), left)
+
+    def _obey_from_thread(self, path: str, session_id: str | None, wait: float) -> Answer:
+        future = asyncio.run_coroutine_threadsafe(self.obey(path, session_id, wait), self._loop)
+        try:
+            return future.result(RELEASE_WAIT + wait)
+        except concurrent.futures.TimeoutError:
+            return Answer(504, {"reason": f"{path} took over {RELEASE_WAIT:g} s, and goes on"})
+
+    async def obey(self, path: str, session_id: str | None = None, wait: float = 0.0) -> Answer:
+        """Do what the consumer wants: see METHODS."""
+        if path == "/session":
+            await self._until(lambda: self.framework.session() or self.stage == "draining", wait)
+        session = self.framework.session(session_id)
+        if session and path == "/renew":
+            session.expiration = max(session.expiration, time.time() + session.lifetime)
+        lease = session and {"session_id": session.session_id, "time_to_live": session.expiration - time.time()}
+        if path == "/session":
+            return Answer(200, lease or {"session_id": None})
+        if lease and path == "/renew":
+            return Answer(200, {"renewed": True, **lease})
+        answer = {"released": True, "session_ids": [session and session.session_id]}
+        try:
+            if session and await self.close(session.session_id):
+                return Answer(200, answer)
+        except Exception as error:
+            log.exception("closing session=%s failed; the worker is free", session and session.session_id)
+            return Answer(500, {**answer, "reason": f"closing failed, the worker is free: {error!r}"})
+        reason = "no active session" if session_id is None else "session ID is not active"
+        return Answer(200, {"renewed" if path == "/renew" else "released": False, "reason": reason})
+
+    async def serve(self, signals: socket.socket) -> None:
+        """Run until a signal's number can be read from the socket, then drain. A second one ends the process at once.
+
+        A predecessor holds the ports while it drains: wait for them.
+        """
+        self._loop, self._serving = asyncio.get_running_loop(), asyncio.current_task()
+        threading.Thread(target=self._obey_signals, args=(signals,), name="signals", daemon=True).start()
+        deadline = time.monotonic() + PORT_WAIT
+        with contextlib.suppress(asyncio.CancelledError):
+            for port in (*self.settings.ports, self.settings.control_port):
+                while time.monotonic() < deadline:
+                    with contextlib.suppress(OSError):
+                        (await self._loop.create_server(asyncio.Protocol, self.settings.host, port)).close()
+                        break
+                    await asyncio.sleep(0.1)
+            await self.framework.run(host=self.settings.host)
+
+    def _obey_signals(self, signals: socket.socket) -> None:
+        """In a thread of its own: whatever hangs, the event loop included, the process ends in time."""
+        signals.recv(1)
+        asyncio.run_coroutine_threadsafe(self._drain(), self._loop)
+        signals.settimeout(DRAIN)
+        try:
+            if again := signals.recv(1):  # nothing: the process ends, and has closed the other side
+                os._exit(128 + again[0])
+        except TimeoutError:
+            threading.Timer(0.5, os._exit, (0,)).start()  # in case that the log hangs too
+            log.error("the drain took over %g s, not done: %s", DRAIN, self.undone)
+            os._exit(0)
+
+    async def _drain(self) -> None:
+        """Take no new session, end the open one, and see that the autoscaler knows."""
+        self.stage, session = "draining", self.framework.session()
+        self.undone = f"the on_close callbacks of session={session and session.session_id}"
+        log.info("draining: %s", self.undone)
+        self.wake()
+        await asyncio.wait({asyncio.create_task(self.obey("/release")), *self._closing})
+        self.undone = "the last report to the autoscaler"
+        log.info("draining: %s", self.undone)
+        while not self.framework.has_told_all:
+            await asyncio.sleep(0.05)
+        await self.framework.aclose()
+        if self._serving:
+            self._serving.cancel()
+
+
+def one_line(record: logging.LogRecord) -> bool:
+    """A log filter: a record is one line of ASCII, so that nothing that a stranger sent can forge one."""
+    record.msg, record.args = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], record.getMessage()), ()
+    return True
 
 
 def main() -> int:
+    signals, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())  # written by the C handler, however busy Python is
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger().handlers[0].addFilter(one_line)
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # a line per request, with the keys in its query
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # a traceback per malformed request
+    with contextlib.suppress(ValueError, OSError):  # every connection, a stranger's too, is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     try:
         worker = NullWorker(Settings.from_environment(os.environ))
     except StartupError as error:
         print(f"null_worker: {error}", file=sys.stderr)
         return 2
-    asyncio.run(worker.serve())
+    asyncio.run(worker.serve(signals))
     return 0
 
 
