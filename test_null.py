@@ -3509,6 +3509,17 @@ class Farm:
         self.processes.append(process)
         return process
 
+    async def start_redis(self):
+        server = None
+        while server is None or server.returncode is not None:  # somebody else was given the port meanwhile
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            self.url = f"redis://127.0.0.1:{port}"
+            server = await self.start("redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "")
+            await eventually(lambda server=server, port=port: server.returncode is not None or answers_ping(port))
+        self.redis = server
+
     async def start_dispatcher(self, autoscaler=None):
         self.dispatcher = await self.start(
             sys.executable,
@@ -3544,10 +3555,6 @@ class Farm:
             await asyncio.sleep(0.05)
 
     async def __aenter__(self):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{port}"
         for consumer in ("consumer.sh", "consumer.py"):
             (self.folder / consumer).write_text(recipe(consumer, LEASE=4, BEAT=1, LIMIT=self.limit))
         (self.folder / "work").write_text(WORK_SH)
@@ -3563,8 +3570,7 @@ class Farm:
             f"{authority!r}, webserver_url={vast.url!r}, autoscaler_url=os.environ['AUTOSCALER'], **options)\n"
         )
         (self.folder / "dispatcher.py").write_text(client + recipe("dispatcher.py", BOUND=3, LIFETIME=4))
-        await self.start("redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", "")
-        await eventually(lambda: connected(port))
+        await self.start_redis()
         self.queue = redis.asyncio.from_url(self.url, decode_responses=True)
         self.stack.push_async_callback(self.queue.aclose)
         running = asyncio.create_task(self.run_consumers())
@@ -3625,6 +3631,16 @@ class Farm:
 
     async def no_other_keys(self):
         return {*await self.queue.keys("*")} <= {"results", "started", "failed", "pid"}
+
+
+async def answers_ping(port):
+    with contextlib.suppress(OSError):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"PING\r\n")
+        try:
+            return await asyncio.wait_for(reader.readline(), 1) == b"+PONG\r\n"
+        finally:
+            writer.close()
 
 
 JOBS = 30
@@ -3713,7 +3729,7 @@ async def test_a_consumer_that_loses_redis_releases(tmp_path, language):
         await farm.put({"id": 0, "task": "some"})
         await session(farm.vast, worker)
         await eventually(farm.started)
-        await farm.kill(farm.processes[0])
+        await farm.kill(farm.redis)
         await eventually(lambda: is_free(f"{worker.control_url}/session"), timeout=20)
 
 
