@@ -7,11 +7,11 @@ when the dispatcher closes it, when nobody has renewed it for its lifetime, or w
 On a Vast instance: python null_worker.py. Anywhere else: python null_client.py --local
 """
 
+import _thread
 import asyncio
 import concurrent.futures
 import contextlib
 import importlib.metadata
-import ipaddress
 import json
 import logging
 import math
@@ -46,6 +46,7 @@ HEALTH_CHECK = 10.0  # seconds between two looks at a consumer that was well, an
 PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; its drain takes 8 at most
 IDLE_CONNECTION = 10.0  # seconds of silence after which the control server drops a connection
 RELEASE_WAIT = 15.0  # seconds; the framework bounds a session's on_close callback at 10
+LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)  # a host, and maybe its port
 DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
 log = logging.getLogger("null_worker")
 
@@ -81,7 +82,7 @@ class Settings(NamedTuple):
         if url := env.get("BACKEND_HEALTH_URL"):
             parts = http_url(url)
             need(parts, "BACKEND_HEALTH_URL", url, "an absolute http:// or https:// URL")
-            own = parts and is_loopback(parts) and (parts.port or {"http": 80}.get(parts.scheme)) == control_port
+            own = parts and LOOPBACK.fullmatch(parts.netloc.rpartition("@")[2]) and (parts.port or 80) == control_port
             need(not own, "BACKEND_HEALTH_URL", url, "the consumer's own, not the control server's")
         timeout = env.get("BACKEND_START_TIMEOUT") or "1800"
         fine = re.fullmatch(r"[0-9]{1,7}(\.[0-9]+)?", timeout) and float(timeout)
@@ -100,7 +101,7 @@ class Settings(NamedTuple):
         need(http_port != worker_port, "WORKER_HTTP_PORT", http_port, "another port than WORKER_PORT")
         ports, wanted = (worker_port, http_port), "another port than WORKER_PORT and WORKER_HTTP_PORT"
         need(control_port not in ports, "NULL_CONTROL_PORT", control_port, wanted)
-        host = env["PUBLIC_IPADDR"] if is_loopback(http_url(f"http://{env['PUBLIC_IPADDR']}")) else None
+        host = env["PUBLIC_IPADDR"] if LOOPBACK.fullmatch(env["PUBLIC_IPADDR"]) else None
         return cls(control_port, url or None, host, ports, float(timeout), bool(switch and switch[1]))
 
     @property
@@ -115,12 +116,6 @@ def http_url(text: str) -> SplitResult | None:
         if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not re.search(r"\s", text):
             return url
     return None
-
-
-def is_loopback(url: SplitResult | None) -> bool:
-    with contextlib.suppress(ValueError):
-        return url is not None and (url.hostname == "localhost" or ipaddress.ip_address(url.hostname or "").is_loopback)
-    return False
 
 
 class Field(NamedTuple):
@@ -242,9 +237,12 @@ def control(obey: Callable[[str, str | None, float], Answer], health_stub: bool,
 class ControlServer(socketserver.ThreadingTCPServer):
     """A thread per connection: a slow release doesn't hold up `/health`. (http.server's own looks its host name up.)"""
 
-    allow_reuse_address = daemon_threads = True
+    allow_reuse_address = True
     request_queue_size = 128
     answer: Callable[[str, str], Answer]  # to a method and a target
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))  # Thread.start() waits for it
 
     def handle_error(self, request: object, client_address: object) -> None:
         log.debug("control connection failed: %r", sys.exc_info()[1])
@@ -262,7 +260,7 @@ class ControlHandler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _answer(self) -> None:
-        if all(is_loopback(http_url(f"http://{host}")) for host in self.headers.get_all("Host", [])):
+        if all(map(LOOPBACK.fullmatch, self.headers.get_all("Host", []))):  # or a web page reaches in by DNS rebinding
             self._reply(self.server.answer(self.command, self.path))
         else:
             self._reply(Answer(403, {"error": "Host is not loopback"}))
@@ -314,11 +312,12 @@ class Framework:
             benchmark = BenchmarkConfig(generator=dict, runs=1, concurrency=1, do_warmup=False)
             options = {"allow_parallel_requests": True, "workload_calculator": lambda _: 0.0}  # a ping is not load
             ping = HandlerConfig(PING, benchmark_config=benchmark, remote_function=_pong, **options)
-            config = WorkerConfig(handlers=[ping], max_sessions=1, lifecycle=life.lifecycle())
+            consumer = urlsplit(settings.watched_url)  # relative on_close_routes are joined to its origin
+            origin = f"{consumer.scheme}://{consumer.netloc.rpartition('@')[2]}".removesuffix(f":{consumer.port}")
+            port = consumer.port or {"http": 80, "https": 443}[consumer.scheme]
+            config = WorkerConfig(origin, port, handlers=[ping], max_sessions=1, lifecycle=life.lifecycle())
             worker = Worker(config)
             self._backend, self._metrics = backend, metrics = worker.backend, worker.backend.metrics
-            consumer = urlsplit(settings.watched_url)
-            backend.model_server_url = f"{consumer.scheme}://{consumer.netloc.rpartition('@')[2]}"  # of on_close_routes
             self._auth_data, self._verify = backend_module.AuthData, backend._Backend__check_signature
             backend_module.log.disabled = True  # it prints the whole of what it refuses; its errors are reported anyway
             self._close, call_back = backend._Backend__close_session, backend._Backend__run_session_on_close
@@ -330,14 +329,14 @@ class Framework:
             self.has_master_token = bool(backend.mtoken)
             counters = _exact_counters(metrics_module.ModelMetrics, metrics)
             # Used later, where a missing one would be found too late.
-            for holder, names_used in (
-                (backend, "_pubkey unsecured sessions session_metrics backend_errored model_server_url"),
-                (metrics, "_request_success _request_end update_pending aclose system_metrics.model_is_loaded"),
-                (metrics.model_metrics, "requests_deleting error_msg"),
-                (metrics_module, "METRICS_UPDATE_INTERVAL"),
-                (backend_module, "AuthData.from_json_msg Backend.session"),
-            ):
-                attrgetter(*names_used.split())(holder)
+            used = (
+                "metrics.update_pending metrics.aclose metrics._request_success metrics._request_end _pubkey unsecured"
+            )
+            used += " metrics.system_metrics.model_is_loaded metrics.model_metrics.requests_deleting sessions"
+            used += " metrics.model_metrics.error_msg session_metrics backend_errored"
+            attrgetter(*used.split())(backend)
+            attrgetter("AuthData.from_json_msg", "Backend.session")(backend_module)
+            attrgetter("METRICS_UPDATE_INTERVAL")(metrics_module)
             itemgetter("session_id", "lifetime", "expiration")(backend_module.Session.__dataclass_fields__)
         except (ImportError, AttributeError, TypeError, ValueError, LookupError) as error:
             raise StartupError(f"vastai-sdk {version} is not known to work ({error}); 1.3 up to below 2 is") from error
@@ -351,7 +350,7 @@ class Framework:
         logging.getLogger().setLevel(logging.INFO)  # Worker() sets DEBUG, and prints whatever callers send
         backend.backend_errored = self.report_error
         backend._Backend__run_session_on_close = gone
-        backend._Backend__close_session = partial(life.close, patience=1.0)
+        backend._Backend__close_session = life.close
         for route, name in names.items():  # which the framework binds to its web server only in run()
             setattr(backend, name, partial(life.door, route))
         worker.routes = [web.post(PING, partial(life.door, PING))]
@@ -446,7 +445,7 @@ class NullWorker:
         self.settings = settings
         self.stage: Literal["starting up", "ready", "draining"] = "starting up"
         self.undone = "anything: the event loop is blocked"  # of the drain
-        self._closing: set[asyncio.Task[bool]] = set()
+        self._ending: set[asyncio.Task[Any] | None] = set()
         self._well = asyncio.Event()  # it can be reserved: the key is there, and the consumer was well once
         self._change = asyncio.Event()  # a session has come or gone; then a new one takes its place
         self._refusal_logged = -math.inf  # when it was
@@ -476,23 +475,19 @@ class NullWorker:
         deadline = time.monotonic() + self.settings.start_timeout
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_CHECK)) as http:
             while not self.framework.error:
-                problem = await self._health_problem(http)
+                try:
+                    async with http.get(self.settings.watched_url) as answer:
+                        problem = f"the health check answers {answer.status}" if answer.status != 200 else ""
+                except asyncio.TimeoutError:
+                    problem = f"the health check does not answer within {HEALTH_CHECK:g} s"
+                except (aiohttp.ClientError, OSError) as error:
+                    problem = f"the health check fails: {type(error).__name__}: {error}"
                 if problem and (self._well.is_set() or time.monotonic() > deadline):
                     late = "" if self._well.is_set() else f"not well within {self.settings.start_timeout:g} s: "
                     self.framework.report_error(late + problem)
                 elif not problem and self.framework.has_key:  # the framework fetches it, or reports that it can't
                     self._well.set()
                 await asyncio.sleep(HEALTH_CHECK if self._well.is_set() else 1 if problem else 0.1)
-
-    async def _health_problem(self, http: aiohttp.ClientSession) -> str | None:
-        """What is wrong with the consumer, or where none is named with the control server itself."""
-        try:
-            async with http.get(self.settings.watched_url) as response:
-                return None if response.status == 200 else f"the health check answers {response.status}"
-        except asyncio.TimeoutError:
-            return f"the health check does not answer within {HEALTH_CHECK:g} s"
-        except (aiohttp.ClientError, OSError) as error:
-            return f"the health check fails: {type(error).__name__}: {error}"
 
     async def door(self, route: str, request: web.Request) -> web.StreamResponse:
         """Answer any request that reaches the framework's ports."""
@@ -532,17 +527,22 @@ class NullWorker:
         log.info("reserved session=%s", session_id)
         self.wake()
 
-    async def close(self, session_id: str, patience: float | None = None) -> bool:
-        """See Framework.end(). Wait `patience` seconds at most for the callback; None: as long as the framework does.
+    async def close(self, session_id: str, patience: float = 1.0) -> bool:
+        """See Framework.end(); wait `patience` seconds at most for the callback.
 
         Carried through once begun: the framework drops the rest when its caller hangs up, and reports the load for ever.
         """
+        ending = asyncio.create_task(self._end(session_id))
+        await asyncio.wait({ending}, timeout=patience)
+        return ending.result() if ending.done() else True
+
+    async def _end(self, session_id: str) -> bool:
         log.info("ending session=%s", session_id)
-        closing = asyncio.create_task(self.framework.end(session_id))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
-        done, _ = await asyncio.wait({closing}, timeout=patience)
-        return closing.result() if done else True
+        self._ending.add(task := asyncio.current_task())
+        try:
+            return await self.framework.end(session_id)
+        finally:
+            self._ending.discard(task)
 
     def wake(self) -> None:
         """A session has come or gone."""
@@ -577,7 +577,7 @@ class NullWorker:
             return Answer(200, {"renewed": True, **lease})
         answer = {"released": True, "session_ids": [session and session.session_id]}
         try:
-            if session and await self.close(session.session_id):
+            if session and await self._end(session.session_id):
                 return Answer(200, answer)
         except Exception as error:
             log.exception("closing session=%s failed; the worker is free", session and session.session_id)
@@ -586,10 +586,7 @@ class NullWorker:
         return Answer(200, {"renewed" if path == "/renew" else "released": False, "reason": reason})
 
     async def serve(self, signals: socket.socket) -> None:
-        """Run until a signal's number can be read from the socket, then drain. A second one ends the process at once.
-
-        A predecessor holds the ports while it drains: wait for them.
-        """
+        """Wait for the ports, which a predecessor holds while it drains. Then run until there is a signal, and drain."""
         self._loop, self._serving = asyncio.get_running_loop(), asyncio.current_task()
         threading.Thread(target=self._obey_signals, args=(signals,), name="signals", daemon=True).start()
         deadline = time.monotonic() + PORT_WAIT
@@ -621,7 +618,7 @@ class NullWorker:
         self.undone = f"the on_close callbacks of session={session and session.session_id}"
         log.info("draining: %s", self.undone)
         self.wake()
-        await asyncio.wait({asyncio.create_task(self.obey("/release")), *self._closing})
+        await asyncio.wait({asyncio.create_task(self.obey("/release")), *filter(None, self._ending)})
         self.undone = "the last report to the autoscaler"
         log.info("draining: %s", self.undone)
         while not self.framework.has_told_all:
