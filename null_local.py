@@ -15,6 +15,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ OF_THE_INSTANCE = ("UNSECURED", "USE_SSL", "BACKEND_HEALTH_URL", "BACKEND_START_
 WORKER = str(Path(__file__).with_name("null_worker.py"))
 INSTANCE_CERTIFICATE = "/etc/instance.crt"  # where Vast puts it, and the framework looks for it
 TICK = 0.1  # seconds between two looks at the processes
+ATTENTIVE = 10.0  # seconds without a poll, after which a place is kept still, but holds up no free worker
 PROMISE = 5.0  # seconds in which a routed request has to show up on its worker
 STOP_GRACE = 9.0  # seconds from SIGTERM to SIGKILL; the worker's drain takes 8 at most
 GIVE_UP = 3  # workers in a row that ended before they were ready
@@ -147,6 +149,7 @@ class LocalVast:
         self.overbooked = False  # route to occupied workers, as Vast does with a long max_queue_time
         self.publish_key = True  # False: the key server answers 404
         self.workers: dict[int, LocalWorker] = {}
+        self._polled: dict[int, float] = {}  # request index to when
         self.waiting: dict[int, float] = {}  # request index to when its place is forgotten, first come first
         self.reports: list[dict[str, Any]] = []  # each worker_status, and when it was received (time.monotonic())
         self.ended: list[dict[str, Any]] = []  # each request that a worker said has ended
@@ -361,7 +364,9 @@ class LocalVast:
                 del self.waiting[other]
         ready = [worker for worker in self.workers.values() if worker.state == "IDLE"]
         free = [worker for worker in ready if worker.free]
-        place = list(self.waiting).index(request_idx)
+        self._polled[request_idx] = now
+        before = itertools.takewhile(lambda other: other != request_idx, self.waiting)
+        place = sum(now - self._polled[other] < ATTENTIVE for other in before)
         if place < len(free) or (self.overbooked and ready):
             worker = (free or ready)[0]
             worker.promised_to, worker.promised_until = request_idx, now + PROMISE

@@ -496,7 +496,7 @@ class NullWorker:
             if route == UPDATE and not self.framework.has_master_token:
                 raise Refusal(403, {"error": "MASTER_TOKEN is not set"})
             if route == CREATE and (self.stage != "ready" or self.framework.error):
-                raise Refusal(503, {"error": f"no sessions now: {self.framework.error or self.stage}"})
+                raise Refusal(503, {"error": f"no sessions now: {'broken' if self.framework.error else self.stage}"})
             if route in (CREATE, PING) and not self.framework.verifies(message["auth_data"]):
                 if time.monotonic() - self._refusal_logged > 1:
                     self._refusal_logged = time.monotonic()

@@ -45,6 +45,7 @@ with contextlib.suppress(ImportError):
     import redis.asyncio
 
 import null_client
+import null_local
 from null_client import NotReserved, WorkerLost, keep_alive_due, poll_interval, reserve
 from null_local import LocalClient, LocalVast, LocalWorker
 from null_worker import ROUTES as CHECKED
@@ -1004,11 +1005,11 @@ async def test_a_sick_consumer_is_reported_for_what_it_does_and_takes_no_session
         well.clear()
         await eventually(lambda: worker.report["error_msg"], timeout=10)
         assert worker.report["error_msg"] == text and time.monotonic() - sick_at[0] < 4
-        assert await create(vast, worker) == (503, {"error": f"no sessions now: {text}"})
+        assert await create(vast, worker) == (503, {"error": "no sessions now: broken"})
         well.set()
         vast.reports.clear()
         await asyncio.sleep(2.2)  # two more looks, were there any
-        assert await create(vast, worker) == (503, {"error": f"no sessions now: {text}"})
+        assert await create(vast, worker) == (503, {"error": "no sessions now: broken"})
         worker.process.terminate()
         assert await exit_status(worker) == 0
     assert {report["error_msg"] for report in vast.reports if report["id"] == worker.number} <= {text}
@@ -1175,7 +1176,7 @@ async def test_a_signal_during_the_start_ends_it_soon_without_a_traceback(tmp_pa
         return delay, process.returncode, time.monotonic() - start, errors.decode()
 
     for delay, status, seconds, errors in await asyncio.gather(*map(ended_after, (0.05, 0.3, 0.8, 1.5, 2.5))):
-        assert status in (0, -number) and "Traceback" not in errors and seconds < 10, (delay, status, seconds, errors)
+        assert status in (0, -number) and "Traceback" not in errors and seconds < 30, (delay, status, seconds, errors)
 
 
 async def test_a_drain_waits_for_a_session_that_is_just_closing(vast):
@@ -3325,6 +3326,21 @@ async def test_a_killed_localvast_leaves_no_worker_though_a_child_of_it_lives_an
     finally:
         with contextlib.suppress(ProcessLookupError):
             program.kill()
+
+
+async def test_a_request_that_is_no_longer_polled_for_keeps_its_place_and_holds_up_no_worker(vast, monkeypatch):
+    monkeypatch.setattr(null_local, "ATTENTIVE", 1.5)
+    async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
+        for _ in range(WORKERS):
+            await stack.enter_async_context(reserve(endpoint))
+        given_up = [asyncio.create_task(reserve(endpoint).__aenter__()) for _ in range(WORKERS)]
+        await eventually(lambda: len(vast.waiting) == WORKERS)
+        for task in given_up:
+            task.cancel()
+        await asyncio.wait(given_up)
+        await asyncio.gather(*(release(worker) for worker in vast.workers.values()))
+        await asyncio.wait_for(stack.enter_async_context(reserve(endpoint)), 15)
+        assert len(vast.waiting) == WORKERS  # they may come back, for a minute
 
 
 async def test_its_answers_look_like_vasts():
