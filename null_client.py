@@ -13,7 +13,8 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C while the rest loads; run() takes over
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for a Ctrl-C while the rest loads; run() takes over
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
 
 import argparse
@@ -27,6 +28,7 @@ import math
 import queue
 import random
 import re
+import select
 import threading
 import time
 import weakref
@@ -116,6 +118,7 @@ class _Vast:
         try:
             self.name, self.api_key, client = endpoint.name, endpoint.api_key, endpoint.client
             self.url, self.session, self._tls = client.autoscaler_url, client._get_session, client.get_ssl_context
+            self.is_open = client.is_open
         except AttributeError as error:
             raise NotReserved(f"this vastai-sdk is not known to work ({error}); 1.3 up to below 2 is") from error
 
@@ -128,7 +131,9 @@ class _Vast:
             raise aiohttp.ClientError(f"no certificate: {str(error) or type(error).__name__}") from error
 
     async def route(self, cost: float, place: float, replay_timeout: float, timeout: float) -> _Answer:
-        """Ask the router for a worker. Raises FAILURES."""
+        """Ask the router for a worker. Raises FAILURES, or NotReserved."""
+        if not self.is_open():  # the SDK would open it again
+            raise NotReserved("the Serverless client is closed")
         await self.tls()
         body = {"endpoint": self.name, "api_key": self.api_key, "cost": cost, "request_idx": place}
         body["replay_timeout"], headers = replay_timeout, {"Authorization": f"Bearer {self.api_key}"}
@@ -183,8 +188,10 @@ class _Undisturbed(asyncio.Task[Any]):
 
     async def settle(self, seconds: float) -> None:
         """Wait for its end, and end it after so long."""
-        await asyncio.wait({self}, timeout=seconds)
-        super().cancel()
+        try:
+            await asyncio.wait({self}, timeout=seconds)
+        finally:
+            super().cancel()
         await asyncio.wait({self})
 
 
@@ -212,7 +219,7 @@ class Reservation:
         self.auth_data = auth_data  # the `session_auth` of the worker's own routes
         self.lifetime = lifetime  # seconds
         self.unreachable = False
-        self._http, self._handed_over = http, False
+        self._http, self._handed_over, self._closing = http, False, False
         # The time to live began when the worker created the session, which with a slow answer may be long ago.
         self._expires, expiration = sent_at + lifetime, created.fields.get("expiration")
         self._offset = self._expires - (expiration if _is_number(expiration) else time.time() + lifetime)
@@ -242,6 +249,7 @@ class Reservation:
 
     async def close(self) -> None:
         """End the session. Quiet when it is gone already; a warning in the log when the worker doesn't answer."""
+        self._closing = True
         await _carry_through(self._close())
 
     async def _close(self) -> None:
@@ -257,19 +265,27 @@ class Reservation:
             self._end()
 
     async def _end_on_worker(self) -> None:
+        """Ask until the worker has said so. A request that hangs is asked again, and may still be answered."""
         lost = self._over.done()  # a keep-alive whose answer got lost may have kept it: told once, should it be back
-        while lost or not self._over.done():
-            with contextlib.suppress(*FAILURES):
-                answer = await self._ask("/session/end", None, session_auth=self.auth_data)
-                if answer.says_gone or answer.fields.get("ended") is True:
-                    return self._end()
-            if lost:
-                return
-            await asyncio.sleep(0.2)
+        asking: set[_Undisturbed] = set()
+        try:
+            while lost or not self._over.done():
+                asking.add(_Undisturbed(_outcome(self._ask("/session/end", None, session_auth=self.auth_data))))
+                wait = CLOSE_TIMEOUT / 2
+                done, asking = await asyncio.wait(asking, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                for answer in (each.result() for each in done):
+                    if isinstance(answer, _Answer) and (answer.says_gone or answer.fields.get("ended") is True):
+                        return self._end()
+                if lost:
+                    return
+                await asyncio.sleep(0.2)
+        finally:
+            for each in asking:
+                await each.settle(0)
 
     async def _leave(self) -> None:
         """The block has ended."""
-        if self._handed_over:
+        if self._handed_over and not self._closing:
             self._end(ReservationError("the block has ended, and the consumer holds the reservation"))
         await self._close()
         await self._http.close()
@@ -289,6 +305,7 @@ class Reservation:
             asked_at, moment = time.monotonic(), min(CHECK, self.lifetime / 8)
             due = max(keep_alive_due(self.time_to_live, self.lifetime), self._not_before - asked_at)
             wait = max(0.0, min(LOOK, self.lifetime / 4, math.inf if self._handed_over else due))
+            wait = 0.0 if self.unreachable else wait
             timeout = max(1.0, min(REQUEST_TIMEOUT, self.lifetime / 4))
             try:
                 look = await self._ask("/session/get", wait + timeout, session_auth=self.auth_data, wait=wait)
@@ -306,8 +323,10 @@ class Reservation:
                 due = max(keep_alive_due(self.time_to_live, self.lifetime), self._not_before - now)
                 if due <= 0.05 and not self._handed_over:
                     self._most, self._not_before = self._most + self.lifetime, now + moment
-                    ping = await self._ask("/ping", timeout, auth_data=self.auth_data, payload={})
-                    if ping.status == 200 and "result" in ping.fields:
+                    ping = await _outcome(self._ask("/ping", timeout, auth_data=self.auth_data, payload={}))
+                    if isinstance(ping, Exception):
+                        self.unreachable = True  # what it is, the next look will say
+                    elif ping.status == 200 and "result" in ping.fields:
                         self._expires, self._not_before = self._expires + self.lifetime, now + self.lifetime / 2
                     elif not ping.says_gone:  # gone, as the next look will say
                         log.warning("keep-alive refused session=%s: %s", self.session_id, ping)
@@ -316,7 +335,8 @@ class Reservation:
                 self.unreachable, pause = True, moment
                 refused = isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.ECONNREFUSED
                 refusals = refusals + 1 if refused else 0
-                if self.time_to_live <= 0 or refusals == REFUSALS:
+                stood_still = time.monotonic() - asked_at > wait + 2 * timeout + 1  # this process or its event loop
+                if (self.time_to_live <= 0 and not stood_still) or refusals == REFUSALS:
                     return WorkerLost(f"worker {self.url} can't be reached: {str(error) or 'timed out'}")
             await asyncio.sleep(pause)
 
@@ -412,12 +432,12 @@ async def _create(vast: _Vast, auth_data: dict[str, Any], payload: dict[str, Any
     http = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(ssl=await vast.tls()), cookie_jar=aiohttp.DummyCookieJar()
     )
-    sent_at, patience, reservation = time.monotonic(), 0.0, None
+    sent_at, reservation = time.monotonic(), None
     request = _post(http, f"{url}/session/create", {"auth_data": auth_data, "payload": payload}, None)
     creating = _Undisturbed(_outcome(request))
 
     async def discard() -> None:
-        await creating.settle(patience)
+        await creating.settle(CLOSE_TIMEOUT - 0.5)
         if creating.cancelled():
             log.warning("no answer to a create: %s may stay reserved for %g s", url, payload["lifetime"])
         elif isinstance(late := creating.result(), _Answer) and isinstance(late.fields.get("session_id"), str):
@@ -437,9 +457,6 @@ async def _create(vast: _Vast, auth_data: dict[str, Any], payload: dict[str, Any
         if created.status in (401, 413, 422) and "error" in created.fields:
             raise NotReserved(f"{url} refuses: {created}")
         raise aiohttp.ClientError(f"{url} answers {created}")
-    except asyncio.CancelledError:
-        patience = CLOSE_TIMEOUT - 0.5
-        raise
     finally:
         if reservation is None:
             await _carry_through(discard())
@@ -505,7 +522,10 @@ class Output(io.TextIOBase):
             while (text := self._texts.get()) is not None:
                 data = text.encode(self.encoding, "backslashreplace")
                 while data:
-                    data = data[os.write(1, data) :]
+                    try:
+                        data = data[os.write(1, data) :]
+                    except BlockingIOError:  # somebody else has made it so
+                        select.select([], [1], [])
         except BrokenPipeError:  # nobody reads any more: end as by any other signal
             signal.raise_signal(signal.SIGTERM)
         except OSError:
@@ -545,13 +565,14 @@ class Display:
         self.output.write("\n".join(lines) + "\n")
 
     def abort(self, status: int) -> None:
-        with contextlib.suppress(OSError):
-            os.write(1, b"\x1b[?25h" * self.live)  # shows the cursor
+        with contextlib.suppress(OSError, ValueError):
+            if self.live and select.select([], [1], [], 0)[1]:  # a stalled one would never let us go
+                os.write(1, b"\x1b[?25h")  # shows the cursor
         os._exit(status)
 
     def _render(self) -> Group:
         table, room = Table.grid(padding=(0, 2)), self._console.height - 3
-        shown = self.rows if len(self.rows) <= room else self.rows[: room - 1]
+        shown = self.rows if len(self.rows) <= room else self.rows[: max(0, room - 1)]
         for row in shown:
             table.add_row(row.name, *describe(row.state, time.monotonic()))
         rest = count(label(row.state) for row in self.rows[len(shown) :])

@@ -171,24 +171,36 @@ class LocalVast:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._leaving is not None
-        self._leaving.set()
+        """Carried through: a cancellation meanwhile takes effect after that."""
+        leaving, cancelled = asyncio.create_task(self._leave()), None
+        while not leaving.done():
+            try:
+                await asyncio.wait({leaving})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        leaving.result()
+
+    async def _leave(self) -> None:
+        self._need_entered().set()
         self._scaling.cancel()
-        processes: list[asyncio.subprocess.Process] = []
         try:
             await asyncio.wait([*self._starting, self._scaling])
-            processes += [worker.process for worker in self.workers.values() if worker.process is not None]
-            for process in processes:
+            for process in self._processes():
                 _signal(process, signal.SIGTERM)
-            if processes:
+            if processes := self._processes():
                 await asyncio.wait([asyncio.create_task(process.wait()) for process in processes], timeout=STOP_GRACE)
         finally:
-            for process in processes:
+            for process in self._processes():
                 _signal(process, signal.SIGKILL)
-            await asyncio.gather(*(process.wait() for process in processes))
+            await asyncio.gather(*(process.wait() for process in self._processes()))
             await self._runner.cleanup()
             self._folder.cleanup()
             self._leaving = None
+
+    def _processes(self) -> list[asyncio.subprocess.Process]:
+        return [worker.process for worker in self.workers.values() if worker.process is not None]
 
     def _issue_certificates(self) -> None:
         try:
@@ -458,7 +470,7 @@ def _is_free(port: int) -> bool:
 def _sweep_folders() -> None:
     """Remove the folders of LocalVasts whose process was killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
-        with contextlib.suppress(ValueError, PermissionError):
+        with contextlib.suppress(ValueError, OverflowError, PermissionError):
             try:
                 os.kill(int(folder.name.removeprefix(PREFIX).partition("-")[0]), 0)
             except ProcessLookupError:

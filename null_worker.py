@@ -11,6 +11,7 @@ import _thread
 import asyncio
 import concurrent.futures
 import contextlib
+import errno
 import importlib.metadata
 import json
 import logging
@@ -25,6 +26,7 @@ import socketserver
 import sys
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from http.server import BaseHTTPRequestHandler
@@ -40,12 +42,15 @@ from aiohttp import web
 PERFORMANCE = 100  # one session of cost 100 is one worker; 99.9 would make the autoscaler round up to one more
 MAX_COST = 1_000_000  # the signature doesn't cover it, and sums of huge ones would overflow in the reports
 MAX_BODY = 1 << 20  # bytes of a request, before and after decompression
+MAX_VALUES = 10_000  # in a request: a million small ones would take a hundred times its memory
 MAX_TEXT = 4096  # bytes of a string in a request
 MAX_WAIT = 60  # seconds that a look or a consumer may wait for a change
 HEALTH_CHECK = 10.0  # seconds between two looks at a consumer that was well, and for one to be answered
 PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; its drain takes 8 at most
-IDLE_CONNECTION = 10.0  # seconds of silence after which the control server drops a connection
-RELEASE_WAIT = 15.0  # seconds; the framework bounds a session's on_close callback at 10
+IDLE_CONNECTION = 10.0  # seconds of silence after which the control server drops a connection; for a body elsewhere
+CALLBACK_WAIT = 10.0  # seconds for an on_close callback
+CALLBACK_HEADER = "X-Null-Callback"  # by which the control server knows one: it may come late, and end the successor
+RELEASE_WAIT = 15.0  # seconds
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)  # a host, and maybe its port
 DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
 log = logging.getLogger("null_worker")
@@ -103,10 +108,6 @@ class Settings(NamedTuple):
         need(control_port not in ports, "NULL_CONTROL_PORT", control_port, wanted)
         host = env["PUBLIC_IPADDR"] if LOOPBACK.fullmatch(env["PUBLIC_IPADDR"]) else None
         return cls(control_port, url or None, host, ports, float(timeout), bool(switch and switch[1]))
-
-    @property
-    def watched_url(self) -> str:
-        return self.health_url or f"http://127.0.0.1:{self.control_port}/health"
 
 
 def http_url(text: str) -> SplitResult | None:
@@ -181,15 +182,23 @@ async def read(route: str, request: web.Request) -> dict[str, Any]:
     """
     found = {"body": "must be a JSON object in UTF-8"}
     try:
-        body = await request.clone(client_max_size=MAX_BODY).read()
-        message = {} if route == UPDATE else json.loads(body.decode())  # of that one the framework reads only a header
+        body = await asyncio.wait_for(request.clone(client_max_size=MAX_BODY).read(), IDLE_CONNECTION)
+        if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):
+            body = zlib.decompressobj(wbits=47).decompress(body, MAX_BODY + 1)  # either header
+        if len(body) > MAX_BODY:
+            raise Refusal(413, {"error": f"body over {MAX_BODY} bytes"})
+        if route == UPDATE:  # the framework reads no more than a header
+            return {}
+        if sum(map(body.count, (b"{", b"[", b","))) > MAX_VALUES:
+            raise ValueError
+        message = json.loads(body.decode())
         if isinstance(message, dict) and not (found := problems(message, ROUTES[route])):
             return message
     except web.HTTPRequestEntityTooLarge:
-        if "Content-Encoding" in request.headers:  # aiohttp would inflate the rest, to throw it away
-            request.protocol._lingering_time = 0.0
         raise Refusal(413, {"error": f"body over {MAX_BODY} bytes"}) from None
-    except (web.RequestPayloadError, ValueError, RecursionError):
+    except asyncio.TimeoutError:
+        raise Refusal(408, {"error": f"body not there within {IDLE_CONNECTION:g} s"}) from None
+    except (web.RequestPayloadError, zlib.error, ValueError, RecursionError):
         pass
     raise Refusal(422, {"error": "invalid", "fields": found})
 
@@ -260,10 +269,12 @@ class ControlHandler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _answer(self) -> None:
-        if all(map(LOOPBACK.fullmatch, self.headers.get_all("Host", []))):  # or a web page reaches in by DNS rebinding
-            self._reply(self.server.answer(self.command, self.path))
-        else:
+        if not all(map(LOOPBACK.fullmatch, self.headers.get_all("Host", []))):  # a web page, by DNS rebinding
             self._reply(Answer(403, {"error": "Host is not loopback"}))
+        elif CALLBACK_HEADER in self.headers:
+            self._reply(Answer(403, {"error": "no place for a callback"}))
+        else:
+            self._reply(self.server.answer(self.command, self.path))
 
     def _reply(self, answer: Answer) -> None:
         text = json.dumps(answer.body).encode() + b"\n"
@@ -312,7 +323,9 @@ class Framework:
             benchmark = BenchmarkConfig(generator=dict, runs=1, concurrency=1, do_warmup=False)
             options = {"allow_parallel_requests": True, "workload_calculator": lambda _: 0.0}  # a ping is not load
             ping = HandlerConfig(PING, benchmark_config=benchmark, remote_function=_pong, **options)
-            consumer = urlsplit(settings.watched_url)  # relative on_close_routes are joined to its origin
+            consumer = urlsplit(
+                settings.health_url or f"http://127.0.0.1:{settings.control_port}"
+            )  # relative on_close_routes are joined to its origin
             origin = f"{consumer.scheme}://{consumer.netloc.rpartition('@')[2]}".removesuffix(f":{consumer.port}")
             port = consumer.port or {"http": 80, "https": 443}[consumer.scheme]
             config = WorkerConfig(origin, port, handlers=[ping], max_sessions=1, lifecycle=life.lifecycle())
@@ -320,7 +333,7 @@ class Framework:
             self._backend, self._metrics = backend, metrics = worker.backend, worker.backend.metrics
             self._auth_data, self._verify = backend_module.AuthData, backend._Backend__check_signature
             backend_module.log.disabled = True  # it prints the whole of what it refuses; its errors are reported anyway
-            self._close, call_back = backend._Backend__close_session, backend._Backend__run_session_on_close
+            self._close = backend._Backend__close_session
             names = {route: route[1:].replace("/", "_") + "_handler" for route in ROUTES if route != PING}
             self._handlers = {route: getattr(backend, name) for route, name in names.items()}
             self._handlers[PING] = worker.routes[0].handler
@@ -333,21 +346,33 @@ class Framework:
                 "metrics.update_pending metrics.aclose metrics._request_success metrics._request_end _pubkey unsecured"
             )
             used += " metrics.system_metrics.model_is_loaded metrics.model_metrics.requests_deleting sessions"
-            used += " metrics.model_metrics.error_msg session_metrics backend_errored"
+            used += " metrics.model_metrics.error_msg session_metrics backend_errored _Backend__run_session_on_close"
             attrgetter(*used.split())(backend)
             attrgetter("AuthData.from_json_msg", "Backend.session")(backend_module)
             attrgetter("METRICS_UPDATE_INTERVAL")(metrics_module)
-            itemgetter("session_id", "lifetime", "expiration")(backend_module.Session.__dataclass_fields__)
+            itemgetter("session_id", "lifetime", "expiration", "on_close_route", "on_close_payload")(
+                backend_module.Session.__dataclass_fields__
+            )
         except (ImportError, AttributeError, TypeError, ValueError, LookupError) as error:
             raise StartupError(f"vastai-sdk {version} is not known to work ({error}); 1.3 up to below 2 is") from error
 
         async def gone(session: Any) -> None:
+            """In place of the framework's, which follows redirects, reads any answer whole, and in any charset."""
             life.wake()
-            await call_back(session)
+            payload = {} if session.on_close_payload is None else session.on_close_payload
+            body = {
+                "session_id": session.session_id,
+                **(payload if isinstance(payload, dict) else {"payload": payload}),
+            }
+            if session.on_close_route:
+                options = {"timeout": aiohttp.ClientTimeout(total=CALLBACK_WAIT), "headers": {CALLBACK_HEADER: "1"}}
+                with contextlib.suppress(Exception):
+                    await backend.session.post(session.on_close_route, json=body, allow_redirects=False, **options)
 
         metrics.model_metrics = counters
         metrics_module.METRICS_UPDATE_INTERVAL = 0.5  # seconds; the framework's 1 would take half of the 2 s to ready
         logging.getLogger().setLevel(logging.INFO)  # Worker() sets DEBUG, and prints whatever callers send
+        web.AppRunner = partial(web.AppRunner, auto_decompress=False)  # type: ignore[misc, assignment]  # read() does it
         backend.backend_errored = self.report_error
         backend._Backend__run_session_on_close = gone
         backend._Backend__close_session = life.close
@@ -475,13 +500,16 @@ class NullWorker:
         deadline = time.monotonic() + self.settings.start_timeout
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_CHECK)) as http:
             while not self.framework.error:
+                problem = ""
                 try:
-                    async with http.get(self.settings.watched_url) as answer:
-                        problem = f"the health check answers {answer.status}" if answer.status != 200 else ""
+                    if self.settings.health_url:
+                        async with http.get(self.settings.health_url) as answer:
+                            problem = f"the health check answers {answer.status}" if answer.status != 200 else ""
                 except asyncio.TimeoutError:
                     problem = f"the health check does not answer within {HEALTH_CHECK:g} s"
                 except (aiohttp.ClientError, OSError) as error:
-                    problem = f"the health check fails: {type(error).__name__}: {error}"
+                    if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):  # strangers may have them
+                        problem = f"the health check fails: {type(error).__name__}: {error}"
                 if problem and (self._well.is_set() or time.monotonic() > deadline):
                     late = "" if self._well.is_set() else f"not well within {self.settings.start_timeout:g} s: "
                     self.framework.report_error(late + problem)
@@ -628,10 +656,18 @@ class NullWorker:
             self._serving.cancel()
 
 
-def one_line(record: logging.LogRecord) -> bool:
-    """A log filter: a record is one line of ASCII, so that nothing that a stranger sent can forge one."""
-    record.msg, record.args = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], record.getMessage()), ()
-    return True
+class OneLine(logging.Filter):
+    """A record is one line of ASCII: nothing that a stranger sent can forge one. Of asyncio at most one a second."""
+
+    told = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], record.getMessage()), ()
+        if record.name == "asyncio":  # out of open files it has a traceback for every try
+            if time.monotonic() - self.told < 1:
+                return False
+            record.exc_info, self.told = None, time.monotonic()
+        return True
 
 
 def main() -> int:
@@ -641,7 +677,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger().handlers[0].addFilter(one_line)
+    logging.getLogger().handlers[0].addFilter(OneLine())
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # a line per request, with the keys in its query
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # a traceback per malformed request
     with contextlib.suppress(ValueError, OSError):  # every connection, a stranger's too, is an open file
