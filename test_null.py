@@ -3752,6 +3752,7 @@ case "$task" in
 fail) exit 1 ;;
 hang) exec sleep 100 ;;
 long) sleep 11 ;;
+together) while [ "$(redis-cli -u "$REDIS_URL" EXISTS apart)" = 1 ]; do sleep 0.1; done ;;
 some) sleep 2 ;;
 first) [ -z "$(redis-cli -u "$REDIS_URL" SET pid $$ NX)" ] || exec sleep 100 ;;
 esac
@@ -3767,6 +3768,8 @@ def work(job):
         raise ValueError("no")
     if job["task"] == "hang" or (job["task"] == "first" and queue.set("pid", os.getpid(), nx=True)):
         time.sleep(100)
+    while job["task"] == "together" and queue.exists("apart"):
+        time.sleep(0.1)
     time.sleep({"long": 11, "some": 2}.get(job["task"], 0.4))
     return f"did {job['id']}"
 """
@@ -3798,9 +3801,9 @@ def recipe(name, **constants):
 class Farm:
     """Redis, LocalVast, and beside each worker the consumer, which goes with it and is started again by itself."""
 
-    def __init__(self, folder, language=None, tls=False, limit=60, max_workers=3, idle=1.5):
+    def __init__(self, folder, language=None, tls=False, limit=60, max_workers=3, idle=3, lifetime=4):
         """Without a language no consumers are run."""
-        self.folder, self.language, self.limit = folder, language, limit
+        self.folder, self.language, self.limit, self.lifetime = folder, language, limit, lifetime
         self.vast = LocalVast(max_workers=max_workers, inactivity_timeout=idle, control_port=None, tls=tls)
         self.processes, self.consumers, self.most, self.supervise, self.stack = (
             [],
@@ -3867,7 +3870,7 @@ class Farm:
 
     async def __aenter__(self):
         for consumer in ("consumer.sh", "consumer.py"):
-            (self.folder / consumer).write_text(recipe(consumer, LEASE=4, BEAT=1, LIMIT=self.limit))
+            (self.folder / consumer).write_text(recipe(consumer, LEASE=self.lifetime, BEAT=1, LIMIT=self.limit))
         (self.folder / "work").write_text(WORK_SH)
         (self.folder / "work").chmod(0o755)
         (self.folder / "work.py").write_text(WORK_PY)
@@ -3880,7 +3883,7 @@ class Farm:
             "vastai.Serverless = lambda key, **options: null_local.LocalClient(key, authority="
             f"{authority!r}, webserver_url={vast.url!r}, autoscaler_url=os.environ['AUTOSCALER'], **options)\n"
         )
-        (self.folder / "dispatcher.py").write_text(client + recipe("dispatcher.py", BOUND=3, LIFETIME=4))
+        (self.folder / "dispatcher.py").write_text(client + recipe("dispatcher.py", BOUND=3, LIFETIME=self.lifetime))
         await self.start_redis()
         self.queue = redis.asyncio.from_url(self.url, decode_responses=True)
         self.stack.push_async_callback(self.queue.aclose)
@@ -3900,6 +3903,13 @@ class Farm:
 
     async def put(self, *jobs):
         await self.queue.rpush("jobs", *(job if isinstance(job, str) else json.dumps(job) for job in jobs))
+
+    async def put_until_all_work(self, *some):
+        """Put these after three that end only once as many workers are reserved."""
+        await self.queue.set("apart", 1)
+        await self.put(*({"id": n, "task": "together"} for n in range(3)), *some)
+        await eventually(lambda: self.most == 3)
+        await self.queue.delete("apart")
 
     async def held_by(self, job_id):
         """The number of the worker whose consumer has this job in hand."""
@@ -3965,11 +3975,11 @@ def jobs(**special):
 @recipes
 @pytest.mark.parametrize("language", ["sh", "py"])
 async def test_thirty_jobs_are_done_once_by_workers_that_come_and_go(tmp_path, language):
-    async with Farm(tmp_path, language, tls=True) as farm:
+    async with Farm(tmp_path, language, tls=True, lifetime=8) as farm:
         await farm.start_dispatcher()
-        await farm.put(*jobs(job_0="long"))
+        await farm.put_until_all_work(*jobs(job_3="long")[3:])
         await eventually(lambda: farm.has(results=JOBS))
-        await eventually(lambda: not farm.reserved, timeout=3)  # released, where an expiry takes longer
+        await eventually(lambda: not farm.reserved, timeout=6)  # released, where an expiry takes longer
         await farm.settled(JOBS)
         assert await farm.started() == dict.fromkeys(range(JOBS), 1)
         assert farm.most == 3 and farm.vast.started == 3
@@ -3981,8 +3991,7 @@ async def test_thirty_jobs_are_done_once_by_workers_that_come_and_go(tmp_path, l
 async def test_a_dispatcher_that_is_killed_and_started_again_changes_nothing(tmp_path, language):
     async with Farm(tmp_path, language) as farm:
         await farm.start_dispatcher()
-        await farm.put(*jobs())
-        await eventually(lambda: farm.most == 3)
+        await farm.put_until_all_work(*jobs()[3:])
         await farm.kill(farm.dispatcher)
         await farm.put(*({"id": JOBS + n, "task": "any"} for n in range(10)))
         bad = [{"error_msg": "not now"}] * 3  # Vast's list may be empty at first
