@@ -31,7 +31,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class LocalWorker:
     control_port: int
     folder: str
     scheme: str
+    held: list[socket.socket]  # its ports, so that the system gives them to nobody else
     started_at: float = field(default_factory=time.time)
     process: asyncio.subprocess.Process | None = None
     report: dict[str, Any] = field(default_factory=dict)
@@ -195,6 +196,7 @@ class LocalVast:
             for process in self._processes():
                 _signal(process, signal.SIGKILL)
             await asyncio.gather(*(process.wait() for process in self._processes()))
+            _close(held for worker in self.workers.values() for held in worker.held)
             await self._runner.cleanup()
             self._folder.cleanup()
             self._leaving = None
@@ -252,15 +254,19 @@ class LocalVast:
     def start_worker(self, environment: dict[str, str] | None = None, script: str = WORKER) -> LocalWorker:
         """Start one more worker process, whatever the load. It is ready when its `state` is IDLE."""
         self._need_entered()
-        taken = {port for worker in self.workers.values() for port in worker.ports}
-        port, http_port, control_port = _free_ports(3, taken)
-        if self.control_port and self.control_port not in taken and _is_free(self.control_port):
-            control_port = self.control_port
+        held = [hold_port() for _ in range(3)]
+        port, http_port, control_port = (each.getsockname()[1] for each in held)
+        if self.control_port and not any(self.control_port in worker.ports for worker in self.workers.values()):
+            with contextlib.suppress(OSError):
+                held.append(hold_port(self.control_port))
+                control_port = self.control_port
+        if sys.platform != "linux":  # where a server can't listen beside these
+            _close(held)
         self.started += 1
         folder = os.path.join(self.folder, str(self.started))
         os.mkdir(folder)
         scheme = "https" if self.tls else "http"
-        worker = LocalWorker(self.started, port, http_port, control_port, folder, scheme)
+        worker = LocalWorker(self.started, port, http_port, control_port, folder, scheme, held)
         self.workers[worker.number] = worker
         starting = asyncio.create_task(self._start(worker, environment or {}, script))
         self._starting.add(starting)
@@ -307,6 +313,7 @@ class LocalVast:
 
     def _gone(self, worker: LocalWorker, why: str) -> None:
         del self.workers[worker.number]
+        _close(worker.held)
         self._failures = 0 if worker.was_ready else self._failures + 1
         self.on_event(f"worker {worker.number} {why}")
 
@@ -445,26 +452,25 @@ def _last_line(path: Path) -> str:
     return (path.read_text(errors="replace").splitlines() or ["no output"])[-1]
 
 
-def _free_ports(count: int, taken: set[int]) -> list[int]:
-    """Ports from the system that nobody else has been given here."""
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            held = stack.enter_context(socket.socket())
-            held.bind(("127.0.0.1", 0))
-            if held.getsockname()[1] not in taken:
-                ports.append(held.getsockname()[1])
-        return ports
+def hold_port(port: int = 0) -> socket.socket:
+    """A socket on a port of the loopback interface, one from the system if it isn't named. Raises OSError.
+
+    While it is open the system gives the port to nobody, and whoever connects to it is refused. On Linux a server may
+    listen on it all the same.
+    """
+    held = socket.socket()
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", port))
+    except OSError:
+        held.close()
+        raise
+    return held
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for each in sockets:
+        each.close()
 
 
 def _sweep_folders() -> None:

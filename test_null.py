@@ -50,7 +50,7 @@ with contextlib.suppress(ImportError):
 import null_client
 import null_local
 from null_client import NotReserved, WorkerLost, keep_alive_due, poll_interval, reserve
-from null_local import LocalClient, LocalVast, LocalWorker
+from null_local import LocalClient, LocalVast, LocalWorker, hold_port
 from null_worker import ROUTES as CHECKED
 from null_worker import Answer, Settings, StartupError, control, problems
 
@@ -94,7 +94,7 @@ async def vast(shared_vast):
     yield shared_vast
     shared_vast.overbooked, shared_vast.report_delay = False, 0.0
     for worker in list(shared_vast.workers.values()):
-        with contextlib.suppress(aiohttp.ClientError):
+        with contextlib.suppress(aiohttp.ClientError, ValueError):  # it may be gone, and its port somebody else's
             await post(f"{worker.control_url}/release")
 
 
@@ -1138,12 +1138,6 @@ async def test_a_sick_consumer_is_reported_for_what_it_does_and_takes_no_session
     assert {report["error_msg"] for report in vast.reports if report["id"] == worker.number} <= {text}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize(("seconds", "before"), [(0, "well"), (4, "503"), (4, "refuses"), (13, "refuses")])
 async def test_a_worker_is_ready_within_two_seconds_of_its_consumer(vast, seconds, before):
     asked, answer = [], {"health": 503 if before == "503" else 200}
@@ -1152,14 +1146,16 @@ async def test_a_worker_is_ready_within_two_seconds_of_its_consumer(vast, second
         asked.append(time.monotonic())
         return web.Response(status=answer["health"])
 
-    app, port, start = web.Application(), free_port(), time.monotonic()
+    app, start, held = web.Application(), time.monotonic(), hold_port()
+    port = held.getsockname()[1]
     app.add_routes([web.get("/health", health)])
     runner = web.AppRunner(app)
     await runner.setup()
     worker = vast.start_worker({"BACKEND_HEALTH_URL": f"http://127.0.0.1:{port}/health"})
     if before == "refuses":
         await asyncio.sleep(seconds)
-    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
+    held.close()
     if before == "503":
         await asyncio.sleep(seconds)
     answer["health"], well = 200, time.monotonic()
@@ -1280,7 +1276,8 @@ async def catches(process, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_during_the_start_ends_it_soon_without_a_traceback(tmp_path, number):
     async def ended_after(delay):
-        port, http_port, control_port = free_port(), free_port(), free_port()
+        held = [hold_port() for _ in range(3)]
+        port, http_port, control_port = (each.getsockname()[1] for each in held)
         environment = BARE | ON_VAST | {"WORKER_PORT": str(port), f"VAST_TCP_PORT_{port}": "1"}
         environment |= {"WORKER_HTTP_PORT": str(http_port), "NULL_CONTROL_PORT": str(control_port)}
         process = await asyncio.create_subprocess_exec(
@@ -1290,12 +1287,15 @@ async def test_a_signal_during_the_start_ends_it_soon_without_a_traceback(tmp_pa
             if number == signal.SIGINT:  # until then Python says KeyboardInterrupt
                 await catches(process, signal.SIGTERM)
             await asyncio.sleep(delay)
-            process.send_signal(number)
+            with contextlib.suppress(ProcessLookupError):  # the status will say why
+                process.send_signal(number)
             start = time.monotonic()
             _, errors = await asyncio.wait_for(process.communicate(), 15)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            for each in held:
+                each.close()
         return delay, process.returncode, time.monotonic() - start, errors.decode()
 
     for delay, status, seconds, errors in await asyncio.gather(*map(ended_after, (0.05, 0.3, 0.8, 1.5, 2.5))):
@@ -1861,7 +1861,8 @@ async def test_a_worker_that_is_killed_is_lost(vast, lifetime, bound):
                 worker = holder(vast, reservation)
                 worker.process.kill()
                 await exit_status(worker)
-                await reservation.ended()
+                with hold_port(worker.port):
+                    await reservation.ended()
         assert time.monotonic() - start < bound
 
 
@@ -1914,9 +1915,11 @@ class Stub:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", port, backlog=512)
 
     async def absent(self, seconds):
+        port = int(self.url.rpartition(":")[2])
         self._server.close()
-        await asyncio.sleep(seconds)
-        await self.listen(int(self.url.rpartition(":")[2]))
+        with hold_port(port):
+            await asyncio.sleep(seconds)
+            await self.listen(port)
 
     def times(self, route):
         return [when for when, asked, _ in self.asked if asked == route]
@@ -3331,7 +3334,8 @@ async def test_a_lost_worker_is_status_1(vast):
         worker = worker_at(vast, url)
         worker.process.kill()
         await exit_status(worker)
-        assert await command.status() == 1
+        with hold_port(worker.port):
+            assert await command.status() == 1
     assert command.said("#1 lost after .*can't be reached") and command.errors == []
 
 
