@@ -108,7 +108,7 @@ def installed(*needed):
     return pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
 
 
-async def eventually(condition, timeout=30.0):
+async def eventually(condition, timeout=60.0):
     """Wait for the condition to hold, and return what it gave. Who can't be asked has not said yes."""
     deadline = time.monotonic() + timeout
     while True:
@@ -126,7 +126,7 @@ async def eventually(condition, timeout=30.0):
 
 async def request(method, url, **options):
     """Status, headers and JSON of one request on a connection of its own."""
-    timeout = aiohttp.ClientTimeout(total=30)
+    timeout = aiohttp.ClientTimeout(total=60)
     async with aiohttp.ClientSession(timeout=timeout) as http, http.request(method, url, **options) as response:
         text = await response.text()
         return response.status, response.headers, json.loads(text) if text else None
