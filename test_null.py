@@ -1290,7 +1290,7 @@ async def test_a_signal_during_the_start_ends_it_soon_without_a_traceback(tmp_pa
             with contextlib.suppress(ProcessLookupError):  # the status will say why
                 process.send_signal(number)
             start = time.monotonic()
-            _, errors = await asyncio.wait_for(process.communicate(), 15)
+            _, errors = await asyncio.wait_for(process.communicate(), 60)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
