@@ -1554,9 +1554,8 @@ async def test_a_consumer_sees_its_reservation(vast, worker):
 
 
 async def test_a_hundred_waiting_consumers_hold_up_nothing_and_are_all_told(vast, worker):
-    before = thread_count(worker)
     waiting = [asyncio.create_task(lease(worker, "?wait=30")) for _ in range(100)]
-    await eventually(lambda: thread_count(worker) >= before + 100)
+    await eventually(lambda: thread_count(worker) >= 100)  # a thread for each, and few others
     start = time.monotonic()
     assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
     assert (await release(worker))[1] == {"released": False, "reason": "no active session"}
