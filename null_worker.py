@@ -34,7 +34,7 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urljoin, urlsplit
 
 import aiohttp
 from aiohttp import web
@@ -317,64 +317,43 @@ class Framework:
             if not (1, 3) <= tuple(map(int, version.split(".")[:2])) < (2,):
                 raise ImportError("too old, or too new")
             from vastai import BenchmarkConfig, HandlerConfig, Worker, WorkerConfig  # type: ignore[import-untyped]
-            from vastai.serverless.server.lib import backend as backend_module  # type: ignore[import-untyped]
-            from vastai.serverless.server.lib import metrics as metrics_module
+            from vastai.serverless.server import lib  # type: ignore[import-untyped]
 
             benchmark = BenchmarkConfig(generator=dict, runs=1, concurrency=1, do_warmup=False)
             options = {"allow_parallel_requests": True, "workload_calculator": lambda _: 0.0}  # a ping is not load
             ping = HandlerConfig(PING, benchmark_config=benchmark, remote_function=_pong, **options)
-            consumer = urlsplit(
-                settings.health_url or f"http://127.0.0.1:{settings.control_port}"
-            )  # relative on_close_routes are joined to its origin
-            origin = f"{consumer.scheme}://{consumer.netloc.rpartition('@')[2]}".removesuffix(f":{consumer.port}")
-            port = consumer.port or {"http": 80, "https": 443}[consumer.scheme]
-            config = WorkerConfig(origin, port, handlers=[ping], max_sessions=1, lifecycle=life.lifecycle())
-            worker = Worker(config)
+            config = WorkerConfig("http://127.0.0.1", 9, handlers=[ping], max_sessions=1, lifecycle=life.lifecycle())
+            worker = Worker(config)  # which asks nothing of the model server that this names
             self._backend, self._metrics = backend, metrics = worker.backend, worker.backend.metrics
-            self._auth_data, self._verify = backend_module.AuthData, backend._Backend__check_signature
-            backend_module.log.disabled = True  # it prints the whole of what it refuses; its errors are reported anyway
+            self._auth_data, self._verify = lib.backend.AuthData.from_json_msg, backend._Backend__check_signature
             self._close = backend._Backend__close_session
+            self._handlers = {PING: worker.routes[0].handler}
             names = {route: route[1:].replace("/", "_") + "_handler" for route in ROUTES if route != PING}
-            self._handlers = {route: getattr(backend, name) for route, name in names.items()}
-            self._handlers[PING] = worker.routes[0].handler
+            self._handlers |= {route: getattr(backend, name) for route, name in names.items()}
             self.run: Callable[..., Awaitable[None]] = worker.run_async
-            self.benchmark_file = Path(backend_module.BENCHMARK_INDICATOR_FILE)
+            self.aclose: Callable[[], Awaitable[None]] = metrics.aclose
+            self.benchmark_file = Path(lib.backend.BENCHMARK_INDICATOR_FILE)
             self.has_master_token = bool(backend.mtoken)
-            counters = _exact_counters(metrics_module.ModelMetrics, metrics)
+            counters = _exact_counters(lib.metrics.ModelMetrics, metrics)
+            lib.metrics.METRICS_UPDATE_INTERVAL /= 2  # seconds; the framework's 1 is half of the 2 that ready may take
+            lib.backend.log.disabled = True  # it prints the whole of what it refuses; its errors are reported anyway
             # Used later, where a missing one would be found too late.
-            used = (
-                "metrics.update_pending metrics.aclose metrics._request_success metrics._request_end _pubkey unsecured"
-            )
-            used += " metrics.system_metrics.model_is_loaded metrics.model_metrics.requests_deleting sessions"
-            used += " metrics.model_metrics.error_msg session_metrics backend_errored _Backend__run_session_on_close"
+            used = "_pubkey unsecured sessions session_metrics backend_errored _Backend__run_session_on_close"
+            used += " metrics.update_pending metrics._request_success metrics._request_end"
+            used += " metrics.system_metrics.model_is_loaded metrics.model_metrics.requests_deleting"
             attrgetter(*used.split())(backend)
-            attrgetter("AuthData.from_json_msg", "Backend.session")(backend_module)
-            attrgetter("METRICS_UPDATE_INTERVAL")(metrics_module)
-            itemgetter("session_id", "lifetime", "expiration", "on_close_route", "on_close_payload")(
-                backend_module.Session.__dataclass_fields__
-            )
+            fields = lib.backend.Session.__dataclass_fields__
+            itemgetter("session_id", "lifetime", "expiration", "on_close_route", "on_close_payload")(fields)
         except (ImportError, AttributeError, TypeError, ValueError, LookupError) as error:
             raise StartupError(f"vastai-sdk {version} is not known to work ({error}); 1.3 up to below 2 is") from error
 
-        async def gone(session: Any) -> None:
-            """In place of the framework's, which follows redirects, reads any answer whole, and in any charset."""
-            life.wake()
-            payload = {} if session.on_close_payload is None else session.on_close_payload
-            body = {
-                "session_id": session.session_id,
-                **(payload if isinstance(payload, dict) else {"payload": payload}),
-            }
-            if session.on_close_route:
-                options = {"timeout": aiohttp.ClientTimeout(total=CALLBACK_WAIT), "headers": {CALLBACK_HEADER: "1"}}
-                with contextlib.suppress(Exception):
-                    await backend.session.post(session.on_close_route, json=body, allow_redirects=False, **options)
-
+        self.error: str | None = None  # what was reported to the autoscaler as the worker's error; it stays
         metrics.model_metrics = counters
-        metrics_module.METRICS_UPDATE_INTERVAL = 0.5  # seconds; the framework's 1 would take half of the 2 s to ready
         logging.getLogger().setLevel(logging.INFO)  # Worker() sets DEBUG, and prints whatever callers send
-        web.AppRunner = partial(web.AppRunner, auto_decompress=False)  # type: ignore[misc, assignment]  # read() does it
+        # read() inflates, bounded; an access log would have a line per request, with the keys in its query.
+        web.AppRunner = partial(web.AppRunner, auto_decompress=False, access_log=None)  # type: ignore[misc, assignment]
         backend.backend_errored = self.report_error
-        backend._Backend__run_session_on_close = gone
+        backend._Backend__run_session_on_close = life.ended
         backend._Backend__close_session = life.close
         for route, name in names.items():  # which the framework binds to its web server only in run()
             setattr(backend, name, partial(life.door, route))
@@ -386,11 +365,6 @@ class Framework:
         return self._backend.unsecured or self._backend._pubkey is not None
 
     @property
-    def error(self) -> str | None:
-        """What was reported to the autoscaler as the worker's error; it stays."""
-        return self._metrics.model_metrics.error_msg  # type: ignore[no-any-return]
-
-    @property
     def has_told_all(self) -> bool:
         return not (self._metrics.update_pending or self._metrics.model_metrics.requests_deleting)
 
@@ -399,7 +373,7 @@ class Framework:
         return next((s for s in self._backend.sessions.values() if session_id in (None, s.session_id)), None)
 
     def verifies(self, auth_data: dict[str, Any]) -> bool:
-        return bool(self._verify(self._auth_data.from_json_msg(auth_data)))
+        return bool(self._verify(self._auth_data(auth_data)))
 
     async def handle(self, route: str, message: dict[str, Any], request: web.Request) -> web.Response:
         """The framework's own answer to a request. `message` is its JSON: what was checked is what is used."""
@@ -425,17 +399,13 @@ class Framework:
         return bool(closed)
 
     def report_error(self, text: str) -> None:
-        self._metrics.model_metrics.error_msg = text or "an error without a text"  # an empty one means that all is well
+        self.error = self._metrics.model_metrics.error_msg = text or "an unknown error"  # an empty one means none
         self._metrics.system_metrics.model_is_loaded = True
         self.report_soon()
         log.error("reported as broken: %s", self.error)
 
     def report_soon(self) -> None:
         self._metrics.update_pending = True
-
-    async def aclose(self) -> None:
-        await self._metrics.aclose()
-        await self._backend.session.close()
 
 
 async def _pong(**_payload: object) -> dict[str, object]:
@@ -470,7 +440,7 @@ class NullWorker:
         self.settings = settings
         self.stage: Literal["starting up", "ready", "draining"] = "starting up"
         self.undone = "anything: the event loop is blocked"  # of the drain
-        self._ending: set[asyncio.Task[Any] | None] = set()
+        self._calling: set[object] = set()  # the tasks that wait for an on_close callback
         self._well = asyncio.Event()  # it can be reserved: the key is there, and the consumer was well once
         self._change = asyncio.Event()  # a session has come or gone; then a new one takes its place
         self._refusal_logged = -math.inf  # when it was
@@ -555,22 +525,31 @@ class NullWorker:
         log.info("reserved session=%s", session_id)
         self.wake()
 
-    async def close(self, session_id: str, patience: float = 1.0) -> bool:
-        """See Framework.end(); wait `patience` seconds at most for the callback.
+    async def close(self, session_id: str) -> bool:
+        """See Framework.end(), but don't wait longer than a second for the callback.
 
         Carried through once begun: the framework drops the rest when its caller hangs up, and reports the load for ever.
         """
-        ending = asyncio.create_task(self._end(session_id))
-        await asyncio.wait({ending}, timeout=patience)
+        ending = asyncio.create_task(self.framework.end(session_id))
+        await asyncio.wait({ending}, timeout=1)
         return ending.result() if ending.done() else True
 
-    async def _end(self, session_id: str) -> bool:
-        log.info("ending session=%s", session_id)
-        self._ending.add(task := asyncio.current_task())
-        try:
-            return await self.framework.end(session_id)
-        finally:
-            self._ending.discard(task)
+    async def ended(self, session: Any) -> None:
+        """Call its on_close callback. The framework's call follows redirects, and reads any answer, in any charset."""
+        log.info("ended session=%s", session.session_id)
+        self.wake()
+        if session.on_close_route:
+            payload = session.on_close_payload
+            if not isinstance(payload, dict):
+                payload = {} if payload is None else {"payload": payload}
+            body = {"session_id": session.session_id, **payload}
+            url = urljoin(self.settings.health_url or "", session.on_close_route)  # a path is one on the consumer
+            timeout = aiohttp.ClientTimeout(total=CALLBACK_WAIT)
+            self._calling.add(task := asyncio.current_task())
+            with contextlib.suppress(Exception):
+                async with aiohttp.ClientSession(timeout=timeout, headers={CALLBACK_HEADER: "1"}) as http:
+                    await http.post(url, json=body, allow_redirects=False)
+            self._calling.discard(task)
 
     def wake(self) -> None:
         """A session has come or gone."""
@@ -605,7 +584,7 @@ class NullWorker:
             return Answer(200, {"renewed": True, **lease})
         answer = {"released": True, "session_ids": [session and session.session_id]}
         try:
-            if session and await self._end(session.session_id):
+            if session and await self.framework.end(session.session_id):
                 return Answer(200, answer)
         except Exception as error:
             log.exception("closing session=%s failed; the worker is free", session and session.session_id)
@@ -646,7 +625,9 @@ class NullWorker:
         self.undone = f"the on_close callbacks of session={session and session.session_id}"
         log.info("draining: %s", self.undone)
         self.wake()
-        await asyncio.wait({asyncio.create_task(self.obey("/release")), *filter(None, self._ending)})
+        await self.obey("/release")
+        while self._calling:
+            await asyncio.sleep(0.05)
         self.undone = "the last report to the autoscaler"
         log.info("draining: %s", self.undone)
         while not self.framework.has_told_all:
@@ -678,7 +659,6 @@ def main() -> int:
         signal.signal(number, lambda *_: None)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger().handlers[0].addFilter(OneLine())
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # a line per request, with the keys in its query
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # a traceback per malformed request
     with contextlib.suppress(ValueError, OSError):  # every connection, a stranger's too, is an open file
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)

@@ -1397,7 +1397,7 @@ PRIVATE = [  # what the worker uses of the SDK: module, class or "", name
         for name in ("check_signature", "close_session", "run_session_on_close")
     ),
     *((BACKEND, "Backend", f"session_{name}_handler") for name in ("create", "get", "end", "health")),
-    *((BACKEND, "Backend", name) for name in ("pyworker_update_handler", "backend_errored", "session", "metrics")),
+    *((BACKEND, "Backend", name) for name in ("pyworker_update_handler", "backend_errored", "metrics")),
     *((BACKEND, "Backend", name) for name in ("mtoken", "unsecured", "_pubkey", "sessions", "session_metrics")),
     *((BACKEND, "Backend", name) for name in ("model_server_url",)),
     *((METRICS, "Metrics", name) for name in ("_request_success", "_request_end")),
