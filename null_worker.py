@@ -53,7 +53,7 @@ CALLBACK_HEADER = "X-Null-Callback"  # by which the control server knows one: it
 RELEASE_WAIT = 15.0  # seconds
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)  # a host, and maybe its port
 DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
-log = logging.getLogger("null_worker")
+log, door_log = logging.getLogger("null_worker"), logging.getLogger("null_worker.door")
 
 
 class StartupError(Exception):
@@ -73,41 +73,40 @@ class Settings(NamedTuple):
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Settings":
         """Raise StartupError for the first bad value, or for all of Vast's variables that are missing."""
+        given = {"NULL_CONTROL_PORT": "18999", "BACKEND_START_TIMEOUT": "1800", "UNSECURED": "0", "WORKER_PORT": "3000"}
+        given.update((name, value) for name, value in env.items() if value)
 
-        def need(fine: object, name: str, value: object, wanted: str) -> None:
+        def need(fine: object, name: str, wanted: str) -> None:
             if not fine:
-                raise StartupError(f"{name} is {str(value)!r}, should be {wanted}")
+                raise StartupError(f"{name} is {given[name]!r}, should be {wanted}")
 
-        def port(name: str, value: str) -> int:
-            fine = re.fullmatch("[0-9]{1,5}", value) and 1 <= int(value) <= 65535
-            need(fine, name, value, "a port, 1-65535")
-            return int(value)
+        def port(name: str) -> int:
+            need(re.fullmatch("[0-9]{1,5}", given[name]) and 1 <= int(given[name]) <= 65535, name, "a port, 1-65535")
+            return int(given[name])
 
-        control_port = port("NULL_CONTROL_PORT", env.get("NULL_CONTROL_PORT") or "18999")
-        if url := env.get("BACKEND_HEALTH_URL"):
+        control_port, worker_port = port("NULL_CONTROL_PORT"), port("WORKER_PORT")
+        given.setdefault("WORKER_HTTP_PORT", str(worker_port + 1))
+        if url := given.get("BACKEND_HEALTH_URL"):
             parts = http_url(url)
-            need(parts, "BACKEND_HEALTH_URL", url, "an absolute http:// or https:// URL")
+            need(parts, "BACKEND_HEALTH_URL", "an absolute http:// or https:// URL")
             own = parts and LOOPBACK.fullmatch(parts.netloc.rpartition("@")[2]) and (parts.port or 80) == control_port
-            need(not own, "BACKEND_HEALTH_URL", url, "the consumer's own, not the control server's")
-        timeout = env.get("BACKEND_START_TIMEOUT") or "1800"
+            need(not own, "BACKEND_HEALTH_URL", "the consumer's own, not the control server's")
+        timeout, unsecured = given["BACKEND_START_TIMEOUT"], given["UNSECURED"].lower()
         fine = re.fullmatch(r"[0-9]{1,7}(\.[0-9]+)?", timeout) and float(timeout)
-        need(fine, "BACKEND_START_TIMEOUT", timeout, "a number of seconds above zero")
-        switch = re.fullmatch("(y|yes|t|true|on|1)|n|no|f|false|off|0", env.get("UNSECURED") or "no", re.IGNORECASE)
-        need(switch, "UNSECURED", env.get("UNSECURED"), "true or false")
-        worker_port = port("WORKER_PORT", env.get("WORKER_PORT") or "3000")
+        need(fine, "BACKEND_START_TIMEOUT", "a number of seconds above zero")
+        need(re.fullmatch("y|yes|t|true|on|1|n|no|f|false|off|0", unsecured), "UNSECURED", "true or false")
         mapped_port = f"VAST_TCP_PORT_{env.get('WORKER_PORT') or '<WORKER_PORT>'}"
         needed = ("CONTAINER_ID", "PUBLIC_IPADDR", "REPORT_ADDR", "WORKER_PORT", mapped_port)
         if missing := ", ".join(name for name in needed if not env.get(name)):
             off_vast = "to run it off Vast: python null_client.py --local"
             raise StartupError(f"not a Vast Serverless instance, {missing} not set; {off_vast}")
-        need(re.fullmatch("[0-9]+", env["CONTAINER_ID"]), "CONTAINER_ID", env["CONTAINER_ID"], "a number")
-        port(mapped_port, env[mapped_port])
-        http_port = port("WORKER_HTTP_PORT", env.get("WORKER_HTTP_PORT", str(worker_port + 1)))
-        need(http_port != worker_port, "WORKER_HTTP_PORT", http_port, "another port than WORKER_PORT")
-        ports, wanted = (worker_port, http_port), "another port than WORKER_PORT and WORKER_HTTP_PORT"
-        need(control_port not in ports, "NULL_CONTROL_PORT", control_port, wanted)
-        host = env["PUBLIC_IPADDR"] if LOOPBACK.fullmatch(env["PUBLIC_IPADDR"]) else None
-        return cls(control_port, url or None, host, ports, float(timeout), bool(switch and switch[1]))
+        need(re.fullmatch("[0-9]+", given["CONTAINER_ID"]), "CONTAINER_ID", "a number")
+        port(mapped_port)
+        ports = worker_port, port("WORKER_HTTP_PORT")
+        need(ports[0] != ports[1], "WORKER_HTTP_PORT", "another port than WORKER_PORT")
+        need(control_port not in ports, "NULL_CONTROL_PORT", "another port than WORKER_PORT and WORKER_HTTP_PORT")
+        host = given["PUBLIC_IPADDR"] if LOOPBACK.fullmatch(given["PUBLIC_IPADDR"]) else None
+        return cls(control_port, url, host, ports, float(timeout), unsecured in ("y", "yes", "t", "true", "on", "1"))
 
 
 def http_url(text: str) -> SplitResult | None:
@@ -261,6 +260,7 @@ class ControlHandler(BaseHTTPRequestHandler):
     server: ControlServer
     timeout = IDLE_CONNECTION
     default_request_version = "HTTP/1.0"  # garbage gets a status line too
+    error_content_type, error_message_format = "application/json", '{"error": "%(explain)s"}\n'
     wbufsize = -1  # headers and body in one packet: two would meet Nagle's algorithm and a delayed acknowledgement
 
     def __getattr__(self, name: str) -> Callable[[], None]:
@@ -269,14 +269,11 @@ class ControlHandler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _answer(self) -> None:
-        if not all(map(LOOPBACK.fullmatch, self.headers.get_all("Host", []))):  # a web page, by DNS rebinding
-            self._reply(Answer(403, {"error": "Host is not loopback"}))
-        elif CALLBACK_HEADER in self.headers:
-            self._reply(Answer(403, {"error": "no place for a callback"}))
+        # By DNS rebinding a web page gets here, but not its Host.
+        if CALLBACK_HEADER in self.headers or not all(map(LOOPBACK.fullmatch, self.headers.get_all("Host", []))):
+            answer = Answer(403, {"error": "an on_close callback, or a Host that is not loopback"})
         else:
-            self._reply(self.server.answer(self.command, self.path))
-
-    def _reply(self, answer: Answer) -> None:
+            answer = self.server.answer(self.command, self.path)
         text = json.dumps(answer.body).encode() + b"\n"
         self.send_response_only(answer.status)
         self.send_header("Content-Type", "application/json")
@@ -286,10 +283,6 @@ class ControlHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(text)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        self.close_connection = True
-        self._reply(Answer(code, {"error": message or self.responses[code][0]}))
 
     def finish(self) -> None:
         """Read the request's body, however long, after the answer: unread bytes would reset the client's connection."""
@@ -310,7 +303,8 @@ class Framework:
     """
 
     def __init__(self, settings: Settings, life: "NullWorker") -> None:
-        os.environ["UNSECURED"] = str(settings.unsecured).lower()  # the framework takes an empty one for an error
+        # The framework takes empty ones for errors.
+        os.environ.update(UNSECURED=str(settings.unsecured), WORKER_HTTP_PORT=str(settings.ports[1]))
         version = "of an unknown version"
         try:
             version = importlib.metadata.version("vastai")
@@ -443,27 +437,22 @@ class NullWorker:
         self._calling: set[object] = set()  # the tasks that wait for an on_close callback
         self._well = asyncio.Event()  # it can be reserved: the key is there, and the consumer was well once
         self._change = asyncio.Event()  # a session has come or gone; then a new one takes its place
-        self._refusal_logged = -math.inf  # when it was
         self.framework = Framework(settings, self)
 
     @contextlib.asynccontextmanager
     async def lifecycle(self) -> AsyncIterator[None]:
         """Entered by the framework, which reports an exception from here to the autoscaler as the worker's error."""
         self.framework.benchmark_file.write_text(f"{PERFORMANCE}\n")  # or it would time a handler that does nothing
-        with ControlServer(("127.0.0.1", self.settings.control_port), ControlHandler) as server:
-            server.answer = partial(control, self._obey_from_thread, self.settings.health_url is None)
-            threading.Thread(target=server.serve_forever, name="control", daemon=True).start()
-            log.info("control server port=%d", self.settings.control_port)
-            watching = asyncio.create_task(self._watch_health())
-            try:
-                await self._well.wait()
-                if self.stage == "starting up":
-                    self.stage = "ready"
-                self.framework.report_soon()  # the framework marks the worker as loaded next, and would tell it 10 s later
-                yield
-            finally:
-                watching.cancel()
-                await asyncio.to_thread(server.shutdown)
+        server = ControlServer(("127.0.0.1", self.settings.control_port), ControlHandler)  # for as long as the process
+        server.answer = partial(control, self._obey_from_thread, self.settings.health_url is None)
+        threading.Thread(target=server.serve_forever, name="control", daemon=True).start()
+        log.info("control server port=%d", self.settings.control_port)
+        self._watching = asyncio.create_task(self._watch_health())
+        await self._well.wait()
+        if self.stage == "starting up":
+            self.stage = "ready"
+        self.framework.report_soon()  # the framework marks the worker as loaded next, and would tell it 10 s later
+        yield
 
     async def _watch_health(self) -> None:
         """Ask every second until all is well for the first time, then every ten, until there is an error."""
@@ -496,14 +485,11 @@ class NullWorker:
             if route == CREATE and (self.stage != "ready" or self.framework.error):
                 raise Refusal(503, {"error": f"no sessions now: {'broken' if self.framework.error else self.stage}"})
             if route in (CREATE, PING) and not self.framework.verifies(message["auth_data"]):
-                if time.monotonic() - self._refusal_logged > 1:
-                    self._refusal_logged = time.monotonic()
-                    text = "refused %s from=%s: the signature does not verify; UNSECURED=true would accept anyone's"
-                    log.warning(text, route, request.remote)
+                text = "refused %s from=%s: the signature does not verify; UNSECURED=true would accept anyone's"
+                door_log.warning(text, route, request.remote)
                 raise Refusal(401, {"error": "signature does not verify"})
         except Refusal as refusal:
-            status, answer = refusal.args
-            return web.json_response(answer, status=status)
+            return web.json_response(refusal.args[1], status=refusal.args[0])
         response = await self.framework.handle(route, message, request)
         if route == LOOK and response.status == 200 and message.get("wait"):
             await self._until(lambda: not self.framework.session(message["session_id"]), message["wait"])
@@ -528,7 +514,7 @@ class NullWorker:
     async def close(self, session_id: str) -> bool:
         """See Framework.end(), but don't wait longer than a second for the callback.
 
-        Carried through once begun: the framework drops the rest when its caller hangs up, and reports the load for ever.
+        Carried through once begun: the framework drops the rest when its caller hangs up, and reports a load for ever.
         """
         ending = asyncio.create_task(self.framework.end(session_id))
         await asyncio.wait({ending}, timeout=1)
@@ -593,7 +579,7 @@ class NullWorker:
         return Answer(200, {"renewed" if path == "/renew" else "released": False, "reason": reason})
 
     async def serve(self, signals: socket.socket) -> None:
-        """Wait for the ports, which a predecessor holds while it drains. Then run until there is a signal, and drain."""
+        """Wait for the ports, which a predecessor holds while it drains. Run until there is a signal and all is drained."""
         self._loop, self._serving = asyncio.get_running_loop(), asyncio.current_task()
         threading.Thread(target=self._obey_signals, args=(signals,), name="signals", daemon=True).start()
         deadline = time.monotonic() + PORT_WAIT
@@ -638,13 +624,13 @@ class NullWorker:
 
 
 class OneLine(logging.Filter):
-    """A record is one line of ASCII: nothing that a stranger sent can forge one. Of asyncio at most one a second."""
+    """A record is one line of ASCII: nothing that a stranger sent can forge one. Of what they cause one a second."""
 
     told = -math.inf
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], record.getMessage()), ()
-        if record.name == "asyncio":  # out of open files it has a traceback for every try
+        if record.name in (door_log.name, "asyncio"):  # which out of open files has a traceback for every try
             if time.monotonic() - self.told < 1:
                 return False
             record.exc_info, self.told = None, time.monotonic()
