@@ -1401,7 +1401,7 @@ PRIVATE = [  # what the worker uses of the SDK: module, class or "", name
     *((BACKEND, "Backend", name) for name in ("mtoken", "unsecured", "_pubkey", "sessions", "session_metrics")),
     *((BACKEND, "Backend", name) for name in ("model_server_url",)),
     *((METRICS, "Metrics", name) for name in ("_request_success", "_request_end")),
-    *((METRICS, "Metrics", name) for name in ("aclose", "update_pending", "system_metrics", "model_metrics")),
+    *((METRICS, "Metrics", name) for name in ("update_pending", "system_metrics", "model_metrics")),
     *(
         (TYPES, "ModelMetrics", f"workload_{name}")
         for name in ("served", "received", "cancelled", "errored", "rejected")
