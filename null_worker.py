@@ -15,7 +15,6 @@ import errno
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import re
 import resource
@@ -47,12 +46,12 @@ MAX_WAIT = 60  # seconds that a look or a consumer may wait for a change
 HEALTH_CHECK = 10.0  # seconds between two looks at a consumer that was well, and for one to be answered
 PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; its drain takes 8 at most
 IDLE_CONNECTION = 10.0  # seconds of silence after which the control server drops a connection; for a body elsewhere
-CALLBACK_WAIT = 10.0  # seconds for an on_close callback
+CALLBACK_WAIT = aiohttp.ClientTimeout(total=10)  # seconds for an on_close callback
 CALLBACK_HEADER = "X-Null-Callback"  # by which the control server knows one: it may come late, and end the successor
 RELEASE_WAIT = 15.0  # seconds
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)  # a host, and maybe its port
 DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
-log, door_log = logging.getLogger("null_worker"), logging.getLogger("null_worker.door")
+log = logging.getLogger("null_worker")
 
 
 class StartupError(Exception):
@@ -91,8 +90,7 @@ class Settings(NamedTuple):
             own = parts and LOOPBACK.fullmatch(parts.netloc.rpartition("@")[2]) and (parts.port or 80) == control_port
             need(not own, "BACKEND_HEALTH_URL", "the consumer's own, not the control server's")
         timeout, unsecured = given["BACKEND_START_TIMEOUT"], given["UNSECURED"].lower()
-        fine = re.fullmatch(r"[0-9]{1,7}(\.[0-9]+)?", timeout) and float(timeout)
-        need(fine, "BACKEND_START_TIMEOUT", "a number of seconds above zero")
+        need(re.fullmatch(r"\d{1,7}(\.\d+)?", timeout) and float(timeout), "BACKEND_START_TIMEOUT", "seconds above 0")
         need(re.fullmatch("y|yes|t|true|on|1|n|no|f|false|off|0", unsecured), "UNSECURED", "true or false")
         mapped_port = f"VAST_TCP_PORT_{env.get('WORKER_PORT') or '<WORKER_PORT>'}"
         needed = ("CONTAINER_ID", "PUBLIC_IPADDR", "REPORT_ADDR", "WORKER_PORT", mapped_port)
@@ -127,18 +125,17 @@ def _is_number(value: object, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) <= MAX_TEXT
-
-
-TEXT = Field(f"a string of at most {MAX_TEXT} bytes", _is_text)
+TEXT = Field(
+    f"a string of at most {MAX_TEXT} bytes",
+    lambda value: isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) <= MAX_TEXT,
+)
 INTEGER = Field("an integer of 64 bits", lambda value: type(value) is int and -(1 << 63) <= value < 1 << 63)
 COST = Field(f"a number from 0 to {MAX_COST}", lambda value: _is_number(value, 0, MAX_COST))
 WAIT = Field(f"a number of seconds from 0 to {MAX_WAIT}", lambda value: _is_number(value, 0, MAX_WAIT), 0)
 LIFETIME = Field("a finite number of seconds above 0", lambda value: _is_number(value, 1e-9, sys.float_info.max), 60.0)
 CALLBACK = Field(
     "an http(s) URL or a path that begins with /",
-    lambda value: value is None or (_is_text(value) and (value[:1] == "/" or http_url(value) is not None)),
+    lambda value: value is None or (TEXT.accepts(value) and (value[:1] == "/" or http_url(value) is not None)),
 )
 OBJECT = Field("an object", lambda value: isinstance(value, dict))  # it may have other fields than those that are read
 ROUTERS = {"cost": COST, "endpoint": TEXT, "reqnum": INTEGER, "request_idx": INTEGER, "signature": TEXT, "url": TEXT}
@@ -219,7 +216,7 @@ def control(obey: Callable[[str, str | None, float], Answer], health_stub: bool,
         return Answer(400, {"error": f"the only parameter is {name}, once"})
     if path != "/session":
         return obey(path, given[0] if given else None, 0.0)  # an empty id is an id that is not active
-    wait = math.nan
+    wait = -1.0
     with contextlib.suppress(ValueError):
         wait = float(given[0]) if given else 0.0
     return obey(path, None, wait) if WAIT.accepts(wait) else Answer(400, {"error": f"wait must be {WAIT.must_be}"})
@@ -243,15 +240,14 @@ class ControlHandler(BaseHTTPRequestHandler):
     server: ControlServer
     timeout = IDLE_CONNECTION
     default_request_version = "HTTP/1.0"  # garbage gets a status line too
-    error_content_type, error_message_format = "application/json", '{"error": "%(explain)s"}\n'
+    error_content_type = "application/json"
+    error_message_format = '{"error": "%(explain)s"}\n'
     wbufsize = -1  # headers and body in one packet: two would meet Nagle's algorithm and a delayed acknowledgement
 
-    def __getattr__(self, name: str) -> Callable[[], None]:
-        if name.startswith("do_"):  # http.server looks for a method per HTTP method; wrong ones get their answer too
-            return self._answer
-        raise AttributeError(name)
-
-    def _answer(self) -> None:
+    def parse_request(self) -> bool:
+        """Answer at once, whatever the method; http.server would look for a function for each."""
+        if not super().parse_request():
+            return False
         # By DNS rebinding a web page gets here, but not its Host.
         if CALLBACK_HEADER in self.headers or not all(map(LOOPBACK.fullmatch, self.headers.get_all("Host", []))):
             answer = Answer(403, {"error": "an on_close callback, or a Host that is not loopback"})
@@ -266,6 +262,7 @@ class ControlHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(text)
+        return False  # there is nothing left to do
 
     def finish(self) -> None:
         """Read the request's body, however long, after the answer: unread bytes would reset the client's connection."""
@@ -284,8 +281,7 @@ class Framework:
 
     def __init__(self, settings: Settings, life: "NullWorker") -> None:
         """`life` answers each request and ends each session. Raises StartupError where the SDK isn't known to work."""
-        # The framework takes empty ones for errors.
-        os.environ.update(UNSECURED=str(settings.unsecured), WORKER_HTTP_PORT=str(settings.ports[1]))
+        os.environ.update(UNSECURED=str(settings.unsecured), WORKER_HTTP_PORT=str(settings.ports[1]))  # '' is an error
         version = "of an unknown version"
         try:
             version = importlib.metadata.version("vastai")
@@ -294,34 +290,33 @@ class Framework:
             from vastai import BenchmarkConfig, HandlerConfig, Worker, WorkerConfig  # type: ignore[import-untyped]
             from vastai.serverless.server import lib  # type: ignore[import-untyped]
 
-            benchmark = BenchmarkConfig(generator=dict, runs=1, concurrency=1, do_warmup=False)
             options = {"allow_parallel_requests": True, "workload_calculator": lambda _: 0.0}  # a ping is not load
-            ping = HandlerConfig(PING, benchmark_config=benchmark, remote_function=_pong, **options)
+            ping = HandlerConfig(PING, benchmark_config=BenchmarkConfig(), remote_function=_pong, **options)
             config = WorkerConfig("http://127.0.0.1", 9, handlers=[ping], max_sessions=1, lifecycle=life.lifecycle())
             worker = Worker(config)  # which asks nothing of the model server that this names
             self._backend, self._metrics = backend, metrics = worker.backend, worker.backend.metrics
-            self._auth_data, self._verify = lib.backend.AuthData.from_json_msg, backend._Backend__check_signature
+            parse, verify = lib.backend.AuthData.from_json_msg, backend._Backend__check_signature
+            self.verifies: Callable[[dict[str, Any]], bool] = lambda auth_data: verify(parse(auth_data))
             self._close = backend._Backend__close_session
-            self._handlers = {PING: worker.routes[0].handler}
             names = {route: route[1:].replace("/", "_") + "_handler" for route in ROUTES if route != PING}
-            self._handlers |= {route: getattr(backend, name) for route, name in names.items()}
+            self._handlers = {route: getattr(backend, name) for route, name in names.items()}
+            self._handlers[PING] = worker.routes[0].handler
             self.run: Callable[..., Awaitable[None]] = worker.run_async
             self.benchmark_file = Path(lib.backend.BENCHMARK_INDICATOR_FILE)
             self.has_master_token = bool(backend.mtoken)
-            counters = _exact_counters(lib.metrics.ModelMetrics, metrics)
+            metrics.model_metrics = _exact_counters(type(metrics.model_metrics), metrics)
             lib.metrics.METRICS_UPDATE_INTERVAL /= 2  # seconds; the framework's 1 is half of the 2 that ready may take
             lib.backend.log.disabled = True  # it prints the whole of what it refuses; its errors are reported anyway
             # Used later, where a missing one would be found too late.
             attrgetter("_pubkey", "unsecured", "sessions", "session_metrics", "backend_errored")(backend)
-            attrgetter("_Backend__run_session_on_close", "metrics.model_metrics.requests_deleting")(backend)
-            attrgetter("update_pending", "_request_success", "_request_end", "system_metrics.model_is_loaded")(metrics)
+            attrgetter("update_pending", "_request_success", "_request_end", "model_metrics.requests_deleting")(metrics)
+            attrgetter("_Backend__run_session_on_close", "metrics.model_metrics.workload_processing")(backend)
             fields = lib.backend.Session.__dataclass_fields__
             itemgetter("session_id", "lifetime", "expiration", "on_close_route", "on_close_payload")(fields)
         except (ImportError, AttributeError, TypeError, ValueError, LookupError) as error:
             raise StartupError(f"vastai-sdk {version} is not known to work ({error}); 1.3 up to below 2 is") from error
 
         self.error: str | None = None  # what was reported to the autoscaler as the worker's error; it stays
-        metrics.model_metrics = counters
         logging.getLogger().setLevel(logging.INFO)  # Worker() sets DEBUG, and prints whatever callers send
         # read() inflates, bounded; an access log would have a line per request, with the keys in its query.
         web.AppRunner = partial(web.AppRunner, auto_decompress=False, access_log=None)  # type: ignore[misc, assignment]
@@ -332,21 +327,16 @@ class Framework:
             setattr(backend, name, partial(life.door, route))
         worker.routes = [web.post(PING, partial(life.door, PING))]
 
-    @property
     def has_key(self) -> bool:
         """Whether signatures can be verified, or need not be."""
         return self._backend.unsecured or self._backend._pubkey is not None
 
-    @property
     def has_told_all(self) -> bool:
         return not (self._metrics.update_pending or self._metrics.model_metrics.requests_deleting)
 
     def session(self, session_id: str | None = None) -> Any | None:
         """The open session if it has that id, or whichever is open. The SDK's: session_id, lifetime, expiration."""
         return next((s for s in self._backend.sessions.values() if session_id in (None, s.session_id)), None)
-
-    def verifies(self, auth_data: dict[str, Any]) -> bool:
-        return bool(self._verify(self._auth_data(auth_data)))
 
     async def handle(self, route: str, message: dict[str, Any], request: web.Request) -> web.Response:
         """The framework's own answer to a request. `message` is its JSON: what was checked is what is used."""
@@ -361,7 +351,6 @@ class Framework:
         """Count a session as a success, remove it and call its on_close callback. False: there is none of that id."""
         try:  # the framework alone counts after the callback, and so reports the load for up to 10 s too long
             if request := self._backend.session_metrics.pop(session_id, None):
-                self._metrics.update_pending = True
                 self._metrics._request_end(request)  # first: it must be done even if the other raises
                 self._metrics._request_success(request)
         finally:
@@ -370,7 +359,6 @@ class Framework:
 
     def report_error(self, text: str) -> None:
         self.error = self._metrics.model_metrics.error_msg = text or "an unknown error"  # an empty one means none
-        self._metrics.system_metrics.model_is_loaded = True
         self.report_soon()
         log.error("reported as broken: %s", self.error)
 
@@ -398,9 +386,8 @@ def _exact_counters(base: Any, metrics: Any) -> Any:
             for name, value in zip(counted, self.told):
                 setattr(self, name, getattr(self, name) - value)
 
-    attrgetter("reset", "workload_processing")(base)
-    state(counters := Counters.empty())
-    return counters
+    attrgetter("reset")(base)
+    return Counters.empty()
 
 
 class NullWorker:
@@ -443,9 +430,9 @@ class NullWorker:
                         problem = f"the health check fails: {type(error).__name__}: {error}"
                 if problem and self.stage == "ready":
                     self.framework.report_error(problem)
-                elif problem and time.monotonic() > deadline:
+                elif problem and self.stage == "starting up" and time.monotonic() > deadline:
                     self.framework.report_error(f"not well within {self.settings.start_timeout:g} s: {problem}")
-                elif not problem and self.stage == "starting up" and self.framework.has_key:
+                elif not problem and self.stage == "starting up" and self.framework.has_key():
                     self.stage = "ready"
                 await asyncio.sleep(HEALTH_CHECK if self.stage == "ready" else 1 if problem else 0.1)
 
@@ -459,7 +446,7 @@ class NullWorker:
                 raise Refusal(503, {"error": f"no sessions now: {'broken' if self.framework.error else self.stage}"})
             if route in (CREATE, PING) and not self.framework.verifies(message["auth_data"]):
                 text = "refused %s from=%s: the signature does not verify; UNSECURED=true would accept anyone's"
-                door_log.warning(text, route, request.remote)
+                log.warning(text, route, request.remote)
                 raise Refusal(401, {"error": "signature does not verify"})
         except Refusal as refusal:
             return web.json_response(refusal.args[1], status=refusal.args[0])
@@ -468,20 +455,17 @@ class NullWorker:
             await self._until(lambda: not self.framework.session(message["session_id"]), message["wait"])
             return await self.framework.handle(route, message, request)
         if route == CREATE and response.status == 201:
-            await self._hand_out(json.loads(response.text or "")["session_id"], request, response)
+            session_id = json.loads(response.text or "")["session_id"]
+            try:  # a creator that is gone before the 201 can be written leaves no session behind
+                for _ in range(5):  # turns of the event loop, in which it hears of that, closes, and cancels this
+                    await asyncio.sleep(0)
+                await response.prepare(request)
+                await response.write_eof()
+            except (ConnectionError, asyncio.CancelledError):
+                await self.close(session_id)
+                raise
+            log.info("reserved session=%s", session_id)
         return response
-
-    async def _hand_out(self, session_id: str, request: web.Request, response: web.Response) -> None:
-        """Write the 201. A creator that is gone before that leaves no session behind."""
-        try:
-            for _ in range(5):  # turns of the event loop, in which it hears of one, closes, and cancels this
-                await asyncio.sleep(0)
-            await response.prepare(request)
-            await response.write_eof()
-        except (ConnectionError, asyncio.CancelledError):
-            await self.close(session_id)
-            raise
-        log.info("reserved session=%s", session_id)
 
     async def close(self, session_id: str) -> bool:
         """See Framework.end(), but don't wait longer than a second for the callback."""
@@ -491,22 +475,21 @@ class NullWorker:
         return ending.result() if ending.done() else True
 
     async def ended(self, session: Any) -> None:
-        """Call its on_close callback. The framework's call follows redirects, and reads any answer, in any charset."""
+        """A session is gone: call on_close. The framework would follow redirects, and read answers, in any charset."""
         log.info("ended session=%s", session.session_id)
         if session.on_close_route:
             payload = session.on_close_payload
             if not isinstance(payload, dict):
                 payload = {} if payload is None else {"payload": payload}
             url = urljoin(self.settings.health_url or "", session.on_close_route)  # a path is one on the consumer
-            timeout = aiohttp.ClientTimeout(total=CALLBACK_WAIT)
             self._calling.add(task := asyncio.current_task())
             with contextlib.suppress(Exception):
-                async with aiohttp.ClientSession(timeout=timeout, headers={CALLBACK_HEADER: "1"}) as http:
+                async with aiohttp.ClientSession(timeout=CALLBACK_WAIT, headers={CALLBACK_HEADER: "1"}) as http:
                     await http.post(url, json={"session_id": session.session_id, **payload}, allow_redirects=False)
             self._calling.discard(task)
 
-    async def _until(self, condition: Callable[[], object], seconds: float = math.inf) -> None:
-        """Wait for a condition, at most that long. It is looked at 20 times a second, which takes 0.1 % of a core."""
+    async def _until(self, condition: Callable[[], object], seconds: float = float("inf")) -> None:
+        """Wait for a condition, at most that long. It is looked at 20 times a second."""
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -574,7 +557,7 @@ class NullWorker:
         await self._until(lambda: not self._calling)
         self.undone = "the last report to the autoscaler"
         log.info("draining: %s", self.undone)
-        await self._until(lambda: self.framework.has_told_all)
+        await self._until(self.framework.has_told_all)
         await asyncio.sleep(0.2)  # until those who wait are answered
         os._exit(0)
 
@@ -582,11 +565,11 @@ class NullWorker:
 class OneLine(logging.Filter):
     """A record is one line of ASCII: nothing that a stranger sent can forge one. Of what they cause one a second."""
 
-    told = -math.inf
+    told = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], record.getMessage()), ()
-        if record.name in (door_log.name, "asyncio"):  # which out of open files has a traceback for every try
+        if record.levelno == logging.WARNING or record.name == "asyncio":  # a bad signature; no file is left to open
             if time.monotonic() - self.told < 1:
                 return False
             record.exc_info, self.told = None, time.monotonic()

@@ -1390,7 +1390,7 @@ TYPES = "vastai.serverless.server.lib.data_types"
 PRIVATE = [  # what the worker uses of the SDK: module, class or "", name
     *(("vastai", "", name) for name in ("BenchmarkConfig", "HandlerConfig", "Worker", "WorkerConfig")),
     *((BACKEND, "", name) for name in ("AuthData", "log", "BENCHMARK_INDICATOR_FILE")),
-    *((METRICS, "", name) for name in ("ModelMetrics", "METRICS_UPDATE_INTERVAL")),
+    (METRICS, "", "METRICS_UPDATE_INTERVAL"),
     *(("vastai.serverless.server.worker", "Worker", name) for name in ("backend", "routes", "run_async")),
     *(
         (BACKEND, "Backend", f"_Backend__{name}")
@@ -1401,7 +1401,7 @@ PRIVATE = [  # what the worker uses of the SDK: module, class or "", name
     *((BACKEND, "Backend", name) for name in ("mtoken", "unsecured", "_pubkey", "sessions", "session_metrics")),
     *((BACKEND, "Backend", name) for name in ("model_server_url",)),
     *((METRICS, "Metrics", name) for name in ("_request_success", "_request_end")),
-    *((METRICS, "Metrics", name) for name in ("update_pending", "system_metrics", "model_metrics")),
+    *((METRICS, "Metrics", name) for name in ("update_pending", "model_metrics")),
     *(
         (TYPES, "ModelMetrics", f"workload_{name}")
         for name in ("served", "received", "cancelled", "errored", "rejected")
@@ -1410,7 +1410,6 @@ PRIVATE = [  # what the worker uses of the SDK: module, class or "", name
         (TYPES, "ModelMetrics", name)
         for name in ("empty", "requests_deleting", "error_msg", "workload_processing", "reset")
     ),
-    (TYPES, "SystemMetrics", "model_is_loaded"),
     *((TYPES, "Session", name) for name in ("session_id", "lifetime", "expiration")),
     (TYPES, "AuthData", "from_json_msg"),
     *(
