@@ -138,8 +138,8 @@ CALLBACK = Field(
     lambda value: value is None or (TEXT.accepts(value) and (value[:1] == "/" or http_url(value) is not None)),
 )
 OBJECT = Field("an object", lambda value: isinstance(value, dict))  # it may have other fields than those that are read
-ROUTERS = {"cost": COST, "endpoint": TEXT, "reqnum": INTEGER, "request_idx": INTEGER, "signature": TEXT, "url": TEXT}
-AUTH_DATA = {"auth_data": OBJECT, **{f"auth_data.{name}": field for name, field in ROUTERS.items()}}
+SIGNED = {"cost": COST, "endpoint": TEXT, "reqnum": INTEGER, "request_idx": INTEGER, "signature": TEXT, "url": TEXT}
+AUTH_DATA = {"auth_data": OBJECT, **{f"auth_data.{name}": field for name, field in SIGNED.items()}}
 HELD = {"session_id": TEXT, "session_auth": OBJECT}
 CREATE, LOOK, END, PING, UPDATE = "/session/create", "/session/get", "/session/end", "/ping", "/pyworker/update"
 ROUTES: dict[str, dict[str, Field]] = {
@@ -216,7 +216,7 @@ def control(obey: Callable[[str, str | None, float], Answer], health_stub: bool,
         return Answer(400, {"error": f"the only parameter is {name}, once"})
     if path != "/session":
         return obey(path, given[0] if given else None, 0.0)  # an empty id is an id that is not active
-    wait = -1.0
+    wait = -1.0  # stands for what is no number
     with contextlib.suppress(ValueError):
         wait = float(given[0]) if given else 0.0
     return obey(path, None, wait) if WAIT.accepts(wait) else Answer(400, {"error": f"wait must be {WAIT.must_be}"})
