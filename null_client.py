@@ -21,7 +21,6 @@ import argparse
 import asyncio
 import contextlib
 import errno
-import io
 import json
 import logging
 import math
@@ -491,47 +490,41 @@ class Row:
 
     name: str
     state: State = None
-    release: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # held, or ended without
 
 
-class Output(io.TextIOBase):
+class Output:
     """Standard output, written by a thread of its own: one that is slow, full or gone holds nothing up."""
 
     def __init__(self) -> None:
+        self.encoding = sys.stdout.encoding  # Live puts itself in that place
         self._texts: queue.Queue[str | None] = queue.Queue(1000)
-        self._printed, self._encoding = threading.Event(), sys.stdout.encoding  # Live puts itself in that place
-        threading.Thread(target=self._print, daemon=True).start()
+        self._printer = threading.Thread(target=self._print, daemon=True)
+        self._printer.start()
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._encoding
-
-    def write(self, text: str) -> int:
+    def write(self, text: str | None) -> None:
+        """None: nothing comes any more."""
         with contextlib.suppress(queue.Full):
             self._texts.put_nowait(text)
-        return len(text)
+
+    def flush(self) -> None:
+        """The thread holds nothing back."""
 
     def close(self) -> None:
-        with contextlib.suppress(queue.Full):
-            self._texts.put_nowait(None)
-            self._printed.wait(1)
+        self.write(None)
+        self._printer.join(1)
 
     def _print(self) -> None:
         try:
             while (text := self._texts.get()) is not None:
                 data = text.encode(self.encoding, "backslashreplace")
                 while data:
-                    try:
-                        data = data[os.write(1, data) :]
-                    except BlockingIOError:  # somebody else has made it so
-                        select.select([], [1], [])
+                    select.select([], [1], [])  # somebody else may have made it non-blocking
+                    data = data[os.write(1, data) :]
         except BrokenPipeError:  # nobody reads any more: end as by any other signal
             signal.raise_signal(signal.SIGTERM)
         except OSError:
             pass
-        finally:
-            self._printed.set()
 
 
 class Display:
@@ -540,35 +533,12 @@ class Display:
     def __init__(self, rows: list[Row]) -> None:
         self.rows, self.workers = rows, ""  # the endpoint's, by state
         self.seen: list[tuple[float, int]] = []  # when, and how many of them
-        self.output, self.live = Output(), sys.stdout.isatty()
-        self._console = Console(file=self.output, force_terminal=self.live, highlight=False)  # type: ignore[arg-type]
-        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
-
-    def __enter__(self) -> None:
-        if self.live:
-            self._live.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-        self.output.close()
+        self.output, self.on_terminal = Output(), sys.stdout.isatty()
+        self._console = Console(file=self.output, force_terminal=self.on_terminal)  # type: ignore[arg-type]
+        self.live = Live(console=self._console, get_renderable=self._render, transient=not self.on_terminal)
 
     def say(self, line: str) -> None:
-        line = f"{time.strftime('%H:%M:%S')} {line}"
-        if self.live:
-            self._console.print(Text(line), soft_wrap=True)
-        else:
-            self.output.write(line + "\n")
-
-    def finish(self, lines: list[str]) -> None:
-        """Say the last of it, below the rows."""
-        self._live.stop()
-        self.output.write("\n".join(lines) + "\n")
-
-    def abort(self, status: int) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            if self.live and select.select([], [1], [], 0)[1]:  # a stalled one would never let us go
-                os.write(1, b"\x1b[?25h")  # shows the cursor
-        os._exit(status)
+        self._console.print(Text(f"{time.strftime('%H:%M:%S')} {line}"), soft_wrap=True)
 
     def _render(self) -> Group:
         table, room = Table.grid(padding=(0, 2)), self._console.height - 3
@@ -609,13 +579,13 @@ def describe(state: State, now: float) -> list[str | ProgressBar | Text]:
 
 
 async def occupy(row: Row, endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
-    """Reserve a worker, hold it until `row.release` is set or it has ended otherwise, and note what happened."""
+    """Reserve a worker, hold it until cancelled or until it has ended otherwise, and note what happened."""
     asked_at, held_at, how, reason = time.monotonic(), None, "not reserved", ""
     row.state = Waiting(asked_at)
     display.say(f"{row.name} waiting for a worker")
 
     def on_trouble(trouble: str) -> None:
-        if trouble and row.state != Waiting(asked_at, trouble) and not display.live:
+        if trouble and row.state != Waiting(asked_at, trouble) and not display.on_terminal:
             display.say(f"{row.name} still waiting: {trouble}")
         row.state = Waiting(asked_at, trouble)
 
@@ -626,17 +596,8 @@ async def occupy(row: Row, endpoint: Endpoint, args: argparse.Namespace, display
             row.settled.set()
             waited = f"held after {held_at - asked_at:.1f} s"
             display.say(f"{row.name} {waited}: session {session.session_id}, {session.url}")
-            ended, release = asyncio.create_task(session.ended()), asyncio.create_task(row.release.wait())
-            try:
-                await asyncio.wait({ended, release}, return_when=asyncio.FIRST_COMPLETED)
-                if ended.done() and ended.result():
-                    how, reason = "let go", "the worker let go"
-            finally:
-                ended.cancel()
-                release.cancel()
-    except asyncio.CancelledError:
-        reason = "interrupted"
-        raise
+            await session.ended()
+            how, reason = "let go", "the worker let go"
     except Exception as error:  # noqa: BLE001  whatever it was, this one has ended and the others go on
         how, reason = "lost" if held_at else "not reserved", " ".join((str(error) or repr(error)).split())
     finally:
@@ -646,9 +607,9 @@ async def occupy(row: Row, endpoint: Endpoint, args: argparse.Namespace, display
         display.say(f"{row.name} {how}{held}{reason and f': {reason}'}")
 
 
-async def ramp(rows: list[Row], endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
+async def ramp(endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
     """Ramp up, hold all from the moment the last one is held, ramp down, the oldest first. A single one is a ramp too."""
-    plateau = args.plateau if args.demo else args.hold
+    rows, plateau = display.rows, args.plateau if args.demo else args.hold
     occupying: list[asyncio.Task[None]] = []
     watching = [asyncio.create_task(watch_workers(endpoint, display))] if args.demo else []
     try:
@@ -665,8 +626,8 @@ async def ramp(rows: list[Row], endpoint: Endpoint, args: argparse.Namespace, di
         await asyncio.wait(occupying, timeout=None if math.isinf(plateau) else plateau)
         for row, task in zip(rows, occupying):
             if isinstance(row.state, Held):
-                row.release.set()
-                await task
+                task.cancel()
+                await asyncio.wait({task})
                 if any(isinstance(row.state, Held) for row in rows):
                     await asyncio.wait(occupying, timeout=args.interval)
         if watching:  # the endpoint scale back down
@@ -684,7 +645,7 @@ async def watch_workers(endpoint: Endpoint, display: Display) -> None:
         with contextlib.suppress(Exception):  # a display only; the reservations have their own eyes
             states = [worker.status.lower() for worker in await endpoint.get_workers()]
             running, seen = sum(state not in COLD for state in states), count(states)
-            if seen != display.workers and not display.live:
+            if seen != display.workers and not display.on_terminal:
                 display.say(f"workers: {seen}")
             display.workers = seen
             display.seen.append((time.monotonic(), running))
@@ -699,15 +660,11 @@ def chart(rows: list[tuple[str, Ended]], workers: list[tuple[float, int]], width
     first = min(end.asked_at for _, end in rows)
     last = max([end.ended_at for _, end in rows] + [moment for moment, _ in workers])
     scale = width / max(last - first, 0.001)
-
-    def column(moment: float) -> int:
-        return round((moment - first) * scale)
-
     lines = [f"{'':<9}{'0 s':<{width - 8}}{f'{last - first:.0f} s':>8}  . waiting  = held"]
     for name, end in rows:
         held_at = end.ended_at if end.held_at is None else end.held_at
-        bar = " " * column(end.asked_at) + "." * (column(held_at) - column(end.asked_at))
-        bar += "=" * (column(end.ended_at) - column(held_at))
+        asked, held, ended = (round((moment - first) * scale) for moment in (end.asked_at, held_at, end.ended_at))
+        bar = " " * asked + "." * (held - asked) + "=" * (ended - held)
         times = f"{held_at - end.asked_at:.0f} s, {end.ended_at - held_at:.0f} s, {end.how}"
         lines.append(f"{name:<9}{bar:<{width}}  {times}")
     counts = [" "] * width
@@ -721,16 +678,16 @@ class UsageError(Exception):
     """One line for a person, and exit status 2."""
 
 
-def number(minimum: float, maximum: float, kind: type = float, endless: bool = False) -> Callable[[str], float]:
+def number(least: float, most: float, whole: bool = False, endless: bool = False) -> Callable[[str], float]:
     """An argparse type: a number within the bounds; `inf` only if `endless`."""
 
     def convert(text: str) -> float:
         try:
-            value: float = kind(text)
+            value = int(text) if whole else float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
-        if not (minimum <= value <= maximum or (endless and value == math.inf)):
-            raise argparse.ArgumentTypeError(f"{text} is not within {minimum:g} and {maximum:g}{', or inf' * endless}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number' if whole else 'number'}") from None
+        if not (least <= value <= most or (endless and value == math.inf)):
+            raise argparse.ArgumentTypeError(f"{text} is not within {least:g} and {most:g}")
         return value
 
     return convert
@@ -748,8 +705,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         ("--hold", number(0.1, week, endless=True), 180, "seconds to hold, or inf"),
         ("--interval", number(0.1, week), 30, "demo: seconds between two steps"),
         ("--plateau", number(0.1, week), 300, "demo: seconds with all held"),
-        ("--count", number(1, 100, int), 3, "demo: how many"),
-        ("--cost", number(1, 1e6, int), 100, "load of one; 100 is one worker"),
+        ("--count", number(1, 100, whole=True), 3, "demo: how many"),
+        ("--cost", number(1, 1e6, whole=True), 100, "load of one; 100 is one worker"),
         ("--lifetime", number(1, 86400), 120, "seconds without a keep-alive"),
         ("--wait", number(0.1, week), 1800, "seconds to wait for a worker"),
     ):
@@ -762,29 +719,25 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@contextlib.asynccontextmanager
-async def connect(args: argparse.Namespace, display: Display) -> AsyncIterator[Endpoint]:
-    """The endpoint on Vast, or on a LocalVast for the length of the block."""
-    async with contextlib.AsyncExitStack() as stack:
-        if args.local:
-            try:
-                from null_local import LocalVast
-            except ImportError as error:
-                raise UsageError(f"--local needs null_local.py beside this file: {error}") from error
-            vast = LocalVast(args.count if args.demo else 1, inactivity_timeout=3, on_event=display.say)
-            await stack.enter_async_context(vast)
-            client, name = vast.client(), vast.endpoint_name
-        else:
-            try:
-                key = VastAI().client.api_key  # from the environment, or where `vastai set api-key` saved it
-            except RuntimeError:
-                raise UsageError("no API key: set VAST_API_KEY, or save one with: vastai set api-key KEY") from None
-            client, name = Serverless(key, instance=args.instance), args.endpoint
-        await stack.enter_async_context(client)
-        endpoints = {endpoint.name: endpoint for endpoint in await client.get_endpoints()}
-        if name not in endpoints:
-            raise UsageError(f"no endpoint {name!r}; there are: {', '.join(sorted(endpoints)) or 'none'}")
-        yield endpoints[name]
+async def connect(stack: contextlib.AsyncExitStack, args: argparse.Namespace, display: Display) -> Endpoint:
+    """The endpoint on Vast, or on a LocalVast for the life of the stack."""
+    if args.local:
+        from null_local import LocalVast  # the only one who needs that file
+
+        vast = LocalVast(len(display.rows), inactivity_timeout=3, on_event=display.say)
+        await stack.enter_async_context(vast)
+        client, name = vast.client(), vast.endpoint_name
+    else:
+        try:
+            key = VastAI().client.api_key  # from the environment, or where `vastai set api-key` saved it
+        except RuntimeError:
+            raise UsageError("no API key: set VAST_API_KEY, or save one with: vastai set api-key KEY") from None
+        client, name = Serverless(key, instance=args.instance), args.endpoint
+    await stack.enter_async_context(client)
+    endpoints = {endpoint.name: endpoint for endpoint in await client.get_endpoints()}
+    if name not in endpoints:
+        raise UsageError(f"no endpoint {name!r}; there are: {', '.join(sorted(endpoints)) or 'none'}")
+    return endpoints[name]
 
 
 async def run(args: argparse.Namespace) -> int:
@@ -797,27 +750,29 @@ async def run(args: argparse.Namespace) -> int:
 
     def interrupt(signum: int) -> None:
         caught.append(signum)
+        display.live.stop()  # the second signal leaves the terminal as it is
         display.say("interrupted, closing")
         for again in signals:
             loop.remove_signal_handler(again)
-            signal.signal(again, lambda *_: display.abort(128 + signum))
+            signal.signal(again, lambda *_: os._exit(128 + signum))
         if task:
             task.cancel()
 
     for signum in signals:
         loop.add_signal_handler(signum, interrupt, signum)
-    with display:
+    with contextlib.closing(display.output), display.live:
+        display.say("connecting")
         try:
-            display.say("connecting")
-            async with connect(args, display) as endpoint:
-                await ramp(display.rows, endpoint, args, display)
+            async with contextlib.AsyncExitStack() as stack:
+                await ramp(await connect(stack, args, display), args, display)
         except asyncio.CancelledError:
             if not caught:
                 raise
             return 128 + caught[0]
         ends = [(row.name, row.state) for row in display.rows if isinstance(row.state, Ended)]
         if args.demo:
-            display.finish(chart(ends, display.seen))
+            display.live.stop()
+            display.output.write("\n".join(chart(ends, display.seen)) + "\n")
     return 0 if all(end.how in ("released", "let go") for _, end in ends) else 1
 
 
@@ -825,12 +780,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         return asyncio.run(run(args))
-    except UsageError as error:
-        print(f"null_client: {error}", file=sys.stderr)
-        return 2
     except Exception as error:  # noqa: BLE001  a person gets a line, whatever went wrong on the way to Vast
         print(f"null_client: {error}".replace("\n", " "), file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":
