@@ -54,7 +54,7 @@ CLOSING = 50  # sessions that are closed at the same time
 POLL_RATE = 50  # polls for a worker a second, however many wait
 FRONT = 16  # of those who wait, who poll every second
 REPLAY = 60.0  # seconds for which the router keeps the place of one who doesn't poll
-MAX_ANSWER = 1 << 20  # bytes
+MAX_ANSWER = 1 << 20  # bytes that are read of an answer; cut off, it is no JSON
 COLD = ("stopped", "inactive")  # states of workers that are kept for later, and cost their disk only
 
 log = logging.getLogger("null_client")
@@ -95,10 +95,8 @@ async def _post(http: aiohttp.ClientSession, url: str, body: object, timeout: fl
     bound = aiohttp.ClientTimeout(total=timeout)
     async with http.post(url, json=body, timeout=bound, allow_redirects=False, **options) as response:
         content = b""
-        async for chunk in response.content.iter_chunked(1 << 16):
+        while len(content) <= MAX_ANSWER and (chunk := await response.content.readany()):
             content += chunk
-            if len(content) > MAX_ANSWER:
-                raise aiohttp.ClientPayloadError(f"an answer of over {MAX_ANSWER} bytes")
     fields: object = None
     with contextlib.suppress(ValueError, RecursionError):
         fields = json.loads(content)
@@ -185,13 +183,12 @@ class _Undisturbed(asyncio.Task[Any]):
     def cancel(self, msg: object = None) -> bool:
         return False
 
-    async def settle(self, seconds: float) -> None:
-        """Wait for its end, and end it after so long."""
-        try:
-            await asyncio.wait({self}, timeout=seconds)
-        finally:
-            super().cancel()
+    async def settle(self, seconds: float) -> Any:
+        """Its result; None when it had none within so long, and was ended. For clean-ups, which nobody cancels."""
+        await asyncio.wait({self}, timeout=seconds)
+        super().cancel()
         await asyncio.wait({self})
+        return None if self.cancelled() else self.result()
 
 
 async def _carry_through(work: Coroutine[Any, Any, object]) -> None:
@@ -254,33 +251,32 @@ class Reservation:
     async def _close(self) -> None:
         self._keeper.cancel()
         await asyncio.wait({self._keeper})
-        lost = self._over.done() and isinstance(self._over.result(), WorkerLost)
-        if not self._over.done() or (lost and not self._http.closed):
-            async with _Line.here().closing:
-                await _Undisturbed(self._end_on_worker()).settle(CLOSE_TIMEOUT)
+        # One that is lost is told once, should it be back: a keep-alive whose answer got lost may have kept it.
+        lost = self._over.done() and isinstance(self._over.result(), WorkerLost) and not self._http.closed
+        if self._over.done() and not lost:
+            return
+        async with _Line.here().closing:
+            deadline, asking = time.monotonic() + CLOSE_TIMEOUT, set[_Undisturbed]()
+            while (lost or not self._over.done()) and (left := deadline - time.monotonic()) > 0:
+                asking.add(_Undisturbed(self._end_on_worker()))
+                wait = min(left, CLOSE_TIMEOUT / 2)  # one that hangs is asked again, and may still be answered
+                done, asking = await asyncio.wait(asking, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                if any(each.result() for each in done):
+                    self._end()
+                elif not lost:
+                    await asyncio.sleep(0.2)
+                lost = False
+            for each in asking:
+                await each.settle(0)
         if not self._over.done():
             until = time.strftime("%H:%M:%S", time.localtime(time.time() + self.time_to_live + 5))
             log.warning("not closed session=%s: %s stays reserved until %s", self.session_id, self.url, until)
             self._end()
 
-    async def _end_on_worker(self) -> None:
-        """Ask until the worker has said so. A request that hangs is asked again, and may still be answered."""
-        lost = self._over.done()  # a keep-alive whose answer got lost may have kept it: told once, should it be back
-        asking: set[_Undisturbed] = set()
-        try:
-            while lost or not self._over.done():
-                asking.add(_Undisturbed(_outcome(self._ask("/session/end", None, session_auth=self.auth_data))))
-                wait = CLOSE_TIMEOUT / 2
-                done, asking = await asyncio.wait(asking, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-                for answer in (each.result() for each in done):
-                    if isinstance(answer, _Answer) and (answer.says_gone or answer.fields.get("ended") is True):
-                        return self._end()
-                if lost:
-                    return
-                await asyncio.sleep(0.2)
-        finally:
-            for each in asking:
-                await each.settle(0)
+    async def _end_on_worker(self) -> bool:
+        """Ask once; whether the worker has said that it is over."""
+        answer = await _outcome(self._ask("/session/end", None, session_auth=self.auth_data))
+        return isinstance(answer, _Answer) and (answer.says_gone or answer.fields.get("ended") is True)
 
     async def _leave(self) -> None:
         """The block has ended."""
@@ -299,43 +295,43 @@ class Reservation:
 
     async def _keep(self) -> WorkerLost | None:
         """Keep the session alive; return when the worker no longer has it, or why it is lost."""
-        refusals = 0
+        refusals, moment = 0, min(CHECK, self.lifetime / 8)
+        timeout = max(1.0, min(REQUEST_TIMEOUT, self.lifetime / 4))
         while True:
-            asked_at, moment = time.monotonic(), min(CHECK, self.lifetime / 8)
+            asked_at, pause = time.monotonic(), moment
             due = max(keep_alive_due(self.time_to_live, self.lifetime), self._not_before - asked_at)
-            wait = max(0.0, min(LOOK, self.lifetime / 4, math.inf if self._handed_over else due))
-            wait = 0.0 if self.unreachable else wait
-            timeout = max(1.0, min(REQUEST_TIMEOUT, self.lifetime / 4))
+            due = math.inf if self._handed_over else due
             try:
-                look = await self._ask("/session/get", wait + timeout, session_auth=self.auth_data, wait=wait)
-                if look.says_gone:
-                    return None
-                if not (look.status == 200 and _is_number(expiration := look.fields.get("expiration"))):
-                    raise aiohttp.ClientError(str(look))
-                # It lives, with no more than what keep-alives can have made of it, whatever the answer claims.
-                now, expires = time.monotonic(), expiration + self._offset
-                if expires > now - 6:  # the worker looks for expired ones every 5 s
-                    self._expires = min(expires, now + 2 * self.lifetime if self._handed_over else self._most)
-                if self.unreachable:
-                    self._not_before = now + moment  # a keep-alive of before may just be arriving
-                self.unreachable, refusals = False, 0
-                due = max(keep_alive_due(self.time_to_live, self.lifetime), self._not_before - now)
-                if due <= 0.05 and not self._handed_over:
-                    self._most, self._not_before = self._most + self.lifetime, now + moment
-                    ping = await _outcome(self._ask("/ping", timeout, auth_data=self.auth_data, payload={}))
-                    if isinstance(ping, Exception):
-                        self.unreachable = True  # what it is, the next look will say
-                    elif ping.status == 200 and "result" in ping.fields:
-                        self._expires, self._not_before = self._expires + self.lifetime, now + self.lifetime / 2
+                if due <= 0.05 and not self.unreachable:
+                    self._most, self._not_before = self._most + self.lifetime, asked_at + moment
+                    ping = await self._ask("/ping", timeout, auth_data=self.auth_data, payload={})
+                    pause = 0.0
+                    if ping.status == 200 and "result" in ping.fields:
+                        self._expires, self._not_before = self._expires + self.lifetime, asked_at + self.lifetime / 2
                     elif not ping.says_gone:  # gone, as the next look will say
                         log.warning("keep-alive refused session=%s: %s", self.session_id, ping)
-                pause = 0.0 if time.monotonic() - asked_at >= min(wait, CHECK) / 2 else moment
+                else:
+                    wait = 0.0 if self.unreachable else max(0.0, min(LOOK, self.lifetime / 4, due))
+                    look = await self._ask("/session/get", wait + timeout, session_auth=self.auth_data, wait=wait)
+                    if look.says_gone:
+                        return None
+                    if not (look.status == 200 and _is_number(expiration := look.fields.get("expiration"))):
+                        raise aiohttp.ClientError(str(look))
+                    # It lives, with no more than what keep-alives can have made of it, whatever the answer claims.
+                    now, expires = time.monotonic(), expiration + self._offset
+                    if expires > now - 6:  # the worker looks for expired ones every 5 s
+                        self._expires = min(expires, now + 2 * self.lifetime if self._handed_over else self._most)
+                    if self.unreachable:
+                        self._not_before = now + moment  # a keep-alive of before may just be arriving
+                    self.unreachable, refusals = False, 0
+                    if now - asked_at >= min(wait, CHECK) / 2:  # it knows how to wait
+                        pause = 0.0
             except FAILURES as error:
-                self.unreachable, pause = True, moment
+                self.unreachable = True
                 refused = isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.ECONNREFUSED
                 refusals = refusals + 1 if refused else 0
-                stood_still = time.monotonic() - asked_at > wait + 2 * timeout + 1  # this process or its event loop
-                if (self.time_to_live <= 0 and not stood_still) or refusals == REFUSALS:
+                # Not one whose time ran out only while this was asked: this process may have stood still.
+                if self._expires <= asked_at or refusals == REFUSALS:
                     return WorkerLost(f"worker {self.url} can't be reached: {str(error) or 'timed out'}")
             await asyncio.sleep(pause)
 
@@ -428,37 +424,33 @@ async def _create(vast: _Vast, auth_data: dict[str, Any], payload: dict[str, Any
     """
     if not isinstance(url := auth_data["url"], str):
         raise aiohttp.ClientError(f"the autoscaler names no worker but {url!r}")
-    http = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(ssl=await vast.tls()), cookie_jar=aiohttp.DummyCookieJar()
-    )
-    sent_at, reservation = time.monotonic(), None
+    connector = aiohttp.TCPConnector(ssl=await vast.tls())
+    http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+    sent_at, lifetime = time.monotonic(), payload["lifetime"]
     request = _post(http, f"{url}/session/create", {"auth_data": auth_data, "payload": payload}, None)
     creating = _Undisturbed(_outcome(request))
 
     async def discard() -> None:
-        await creating.settle(CLOSE_TIMEOUT - 0.5)
-        if creating.cancelled():
-            log.warning("no answer to a create: %s may stay reserved for %g s", url, payload["lifetime"])
-        elif isinstance(late := creating.result(), _Answer) and isinstance(late.fields.get("session_id"), str):
-            await Reservation(http, auth_data, payload["lifetime"], late, sent_at)._close()
+        late = await creating.settle(CLOSE_TIMEOUT - 0.5)
+        if late is None:
+            log.warning("no answer to a create: %s may stay reserved for %g s", url, lifetime)
+        elif isinstance(late, _Answer) and isinstance(late.fields.get("session_id"), str):
+            await Reservation(http, auth_data, lifetime, late, sent_at)._close()
         await http.close()
 
     try:
         await asyncio.wait({creating}, timeout=REQUEST_TIMEOUT)
-        if not creating.done():
-            raise aiohttp.ClientError(f"{url} does not answer")
-        created = creating.result()
+        created = creating.result() if creating.done() else aiohttp.ClientError(f"{url} does not answer")
         if isinstance(created, Exception):
             raise created
-        if created.status == 201 and isinstance(created.fields.get("session_id"), str):
-            reservation = Reservation(http, auth_data, payload["lifetime"], created, sent_at)
-            return reservation
         if created.status in (401, 413, 422) and "error" in created.fields:
             raise NotReserved(f"{url} refuses: {created}")
-        raise aiohttp.ClientError(f"{url} answers {created}")
-    finally:
-        if reservation is None:
-            await _carry_through(discard())
+        if created.status != 201 or not isinstance(created.fields.get("session_id"), str):
+            raise aiohttp.ClientError(f"{url} answers {created}")
+    except BaseException:
+        await _carry_through(discard())
+        raise
+    return Reservation(http, auth_data, lifetime, created, sent_at)
 
 
 class Waiting(NamedTuple):
