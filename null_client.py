@@ -33,8 +33,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import aiohttp
@@ -53,9 +52,7 @@ CLOSE_TIMEOUT = 3.0  # seconds in which a session has to be closed; on_close cal
 CLOSING = 50  # sessions that are closed at the same time
 POLL_RATE = 50  # polls for a worker a second, however many wait
 FRONT = 16  # of those who wait, who poll every second
-REPLAY = 60.0  # seconds for which the router keeps the place of one who doesn't poll
 MAX_ANSWER = 1 << 20  # bytes that are read of an answer; cut off, it is no JSON
-COLD = ("stopped", "inactive")  # states of workers that are kept for later, and cost their disk only
 
 log = logging.getLogger("null_client")
 
@@ -127,13 +124,13 @@ class _Vast:
         except Exception as error:  # the SDK has no class for it
             raise aiohttp.ClientError(f"no certificate: {str(error) or type(error).__name__}") from error
 
-    async def route(self, cost: float, place: float, replay_timeout: float, timeout: float) -> _Answer:
+    async def route(self, asked: dict[str, float], timeout: float) -> _Answer:
         """Ask the router for a worker. Raises FAILURES, or NotReserved."""
         if not self.is_open():  # the SDK would open it again
             raise NotReserved("the Serverless client is closed")
         await self.tls()
-        body = {"endpoint": self.name, "api_key": self.api_key, "cost": cost, "request_idx": place}
-        body["replay_timeout"], headers = replay_timeout, {"Authorization": f"Bearer {self.api_key}"}
+        body = {"endpoint": self.name, "api_key": self.api_key, **asked}
+        headers = {"Authorization": f"Bearer {self.api_key}"}
         return await _post(await self.session(), f"{self.url}/route/", body, timeout, headers=headers)
 
 
@@ -143,29 +140,29 @@ class _Line:
     _lines: ClassVar["weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Line]"] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self.waiting: dict[asyncio.Future[None], None] = {}  # in order; done once it has come to the front
-        self.tls, self.closing, self._slot = asyncio.Lock(), asyncio.Semaphore(CLOSING), [0.0, 0.0]
+        self.waiting: list[asyncio.Future[None]] = []  # in order; done once it has come to the front
+        self.tls, self.closing, self._slot = asyncio.Lock(), asyncio.Semaphore(CLOSING), 0.0
 
     @classmethod
     def here(cls) -> "_Line":
         return cls._lines.setdefault(asyncio.get_running_loop(), cls())
 
     def leave(self, ticket: "asyncio.Future[None]") -> None:
-        del self.waiting[ticket]
-        for other in islice(self.waiting, FRONT - 1, FRONT):
-            if not other.done():
-                other.set_result(None)
+        self.waiting.remove(ticket)
+        for moves_up in self.waiting[FRONT - 1 : FRONT]:
+            if not moves_up.done():
+                moves_up.set_result(None)
 
     async def turn(self, ticket: "asyncio.Future[None]", pause: float, deadline: float) -> None:
         """Wait until the next poll is due, in `pause` seconds or later."""
-        interval = poll_interval(list(self.waiting).index(ticket), len(self.waiting))
+        interval = poll_interval(self.waiting.index(ticket), len(self.waiting))
         if pause:
             seconds = min(max(pause, interval) * random.uniform(0.8, 1.2), deadline - time.monotonic())
             await asyncio.wait({ticket}, timeout=seconds) if interval > pause else await asyncio.sleep(seconds)
-        now = time.monotonic()
-        behind = interval > 1.0
-        self._slot[behind] = max(now, self._slot[behind] + 1 / (POLL_RATE * (0.6 if behind else 0.4)))
-        await asyncio.sleep(min(self._slot[behind], deadline) - now)
+        if not pause or interval > 1.0:  # those in front are few, but for those who have just come
+            now = time.monotonic()
+            self._slot = max(now, self._slot + 1 / (0.6 * POLL_RATE))
+            await asyncio.sleep(min(self._slot, deadline) - now)
 
 
 def poll_interval(place: int, waiting: int) -> float:
@@ -251,21 +248,16 @@ class Reservation:
     async def _close(self) -> None:
         self._keeper.cancel()
         await asyncio.wait({self._keeper})
-        # One that is lost is told once, should it be back: a keep-alive whose answer got lost may have kept it.
-        lost = self._over.done() and isinstance(self._over.result(), WorkerLost) and not self._http.closed
-        if self._over.done() and not lost:
+        if self._over.done():
             return
         async with _Line.here().closing:
             deadline, asking = time.monotonic() + CLOSE_TIMEOUT, set[_Undisturbed]()
-            while (lost or not self._over.done()) and (left := deadline - time.monotonic()) > 0:
+            while not self._over.done() and (left := deadline - time.monotonic()) > 0:
                 asking.add(_Undisturbed(self._end_on_worker()))
                 wait = min(left, CLOSE_TIMEOUT / 2)  # one that hangs is asked again, and may still be answered
-                done, asking = await asyncio.wait(asking, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-                if any(each.result() for each in done):
-                    self._end()
-                elif not lost:
+                _, asking = await asyncio.wait(asking, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                if not self._over.done():
                     await asyncio.sleep(0.2)
-                lost = False
             for each in asking:
                 await each.settle(0)
         if not self._over.done():
@@ -273,16 +265,19 @@ class Reservation:
             log.warning("not closed session=%s: %s stays reserved until %s", self.session_id, self.url, until)
             self._end()
 
-    async def _end_on_worker(self) -> bool:
-        """Ask once; whether the worker has said that it is over."""
+    async def _end_on_worker(self) -> None:
         answer = await _outcome(self._ask("/session/end", None, session_auth=self.auth_data))
-        return isinstance(answer, _Answer) and (answer.says_gone or answer.fields.get("ended") is True)
+        if isinstance(answer, _Answer) and (answer.says_gone or answer.fields.get("ended") is True):
+            self._end()
 
     async def _leave(self) -> None:
         """The block has ended."""
         if self._handed_over and not self._closing:
             self._end(ReservationError("the block has ended, and the consumer holds the reservation"))
         await self._close()
+        if isinstance(self._over.result(), WorkerLost):  # a keep-alive whose answer got lost may have kept it
+            async with _Line.here().closing:
+                await _Undisturbed(self._end_on_worker()).settle(CLOSE_TIMEOUT / 2)
         await self._http.close()
 
     def _kept(self, keeper: "asyncio.Task[WorkerLost | None]") -> None:
@@ -328,8 +323,7 @@ class Reservation:
                         pause = 0.0
             except FAILURES as error:
                 self.unreachable = True
-                refused = isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.ECONNREFUSED
-                refusals = refusals + 1 if refused else 0
+                refusals = refusals + 1 if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED else 0
                 # Not one whose time ran out only while this was asked: this process may have stood still.
                 if self._expires <= asked_at or refusals == REFUSALS:
                     return WorkerLost(f"worker {self.url} can't be reached: {str(error) or 'timed out'}")
@@ -383,15 +377,16 @@ async def _open(
     deadline, trouble, failures, pause = time.monotonic() + wait, "", 0, 0.0
     place: float = 0
     line, ticket = _Line.here(), asyncio.get_running_loop().create_future()
-    line.waiting[ticket] = None
+    line.waiting.append(ticket)
     try:
         while True:
             await line.turn(ticket, pause, deadline)
             if (left := deadline - time.monotonic()) <= 0:
                 raise NotReserved(f"no worker within {wait:g} s" + (trouble and f"; at last: {trouble}"))
             try:
-                replay_timeout = max(REPLAY, len(line.waiting) / 10)  # or a long line would lose its places
-                answer = await vast.route(cost, place, replay_timeout, min(REQUEST_TIMEOUT, left))
+                replay_timeout = max(60, len(line.waiting) / 10)  # or a long line would lose its places
+                asked = {"cost": cost, "request_idx": place, "replay_timeout": replay_timeout}
+                answer = await vast.route(asked, min(REQUEST_TIMEOUT, left))
                 if 400 <= answer.status < 500 and answer.status not in (408, 429):
                     raise NotReserved(f"the autoscaler refuses: {answer}")
                 if answer.status != 200 or not answer.fields:
@@ -422,8 +417,7 @@ async def _create(vast: _Vast, auth_data: dict[str, Any], payload: dict[str, Any
 
     Cancelled, it waits for the answer all the same and ends the session: nobody else would know of it.
     """
-    if not isinstance(url := auth_data["url"], str):
-        raise aiohttp.ClientError(f"the autoscaler names no worker but {url!r}")
+    url = auth_data["url"]
     connector = aiohttp.TCPConnector(ssl=await vast.tls())
     http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
     sent_at, lifetime = time.monotonic(), payload["lifetime"]
@@ -473,16 +467,7 @@ class Ended(NamedTuple):
     reason: str
 
 
-State = Waiting | Held | Ended | None  # None: not yet begun
-
-
-@dataclass
-class Row:
-    """One reservation of the command."""
-
-    name: str
-    state: State = None
-    settled: asyncio.Event = field(default_factory=asyncio.Event)  # held, or ended without
+State = Waiting | Held | Ended | None  # of one reservation of the command; None: not yet begun
 
 
 class Output:
@@ -522,8 +507,9 @@ class Output:
 class Display:
     """What a person sees: live rows on a terminal, plain lines with times elsewhere."""
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows, self.workers = rows, ""  # the endpoint's, by state
+    def __init__(self, rows: int) -> None:
+        self.rows: dict[str, State] = {f"#{place + 1}": None for place in range(rows)}
+        self.workers = ""  # the endpoint's, by state
         self.seen: list[tuple[float, int]] = []  # when, and how many of them
         self.output, self.on_terminal = Output(), sys.stdout.isatty()
         self._console = Console(file=self.output, force_terminal=self.on_terminal)  # type: ignore[arg-type]
@@ -534,11 +520,11 @@ class Display:
 
     def _render(self) -> Group:
         table, room = Table.grid(padding=(0, 2)), self._console.height - 3
-        shown = self.rows if len(self.rows) <= room else self.rows[: max(0, room - 1)]
-        for row in shown:
-            table.add_row(row.name, *describe(row.state, time.monotonic()))
-        rest = count(label(row.state) for row in self.rows[len(shown) :])
-        lines = [f"and {len(self.rows) - len(shown)} more: {rest}"] if shown is not self.rows else []
+        shown = len(self.rows) if len(self.rows) <= room else max(0, room - 1)
+        for name, state in list(self.rows.items())[:shown]:
+            table.add_row(name, *describe(state, time.monotonic()))
+        rest = [label(state) for state in list(self.rows.values())[shown:]]
+        lines = [f"and {len(rest)} more: {count(rest)}"] if rest else []
         lines += [f"workers: {self.workers}"] if self.workers else []
         return Group(table, *(Text(line, overflow="crop", no_wrap=True) for line in lines))
 
@@ -570,33 +556,31 @@ def describe(state: State, now: float) -> list[str | ProgressBar | Text]:
     return [label(state), clock, bar, Text(detail, overflow="crop", no_wrap=True)]
 
 
-async def occupy(row: Row, endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
+async def occupy(name: str, endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
     """Reserve a worker, hold it until cancelled or until it has ended otherwise, and note what happened."""
     asked_at, held_at, how, reason = time.monotonic(), None, "not reserved", ""
-    row.state = Waiting(asked_at)
-    display.say(f"{row.name} waiting for a worker")
+    display.rows[name] = Waiting(asked_at)
+    display.say(f"{name} waiting for a worker")
 
     def on_trouble(trouble: str) -> None:
-        if trouble and row.state != Waiting(asked_at, trouble) and not display.on_terminal:
-            display.say(f"{row.name} still waiting: {trouble}")
-        row.state = Waiting(asked_at, trouble)
+        if trouble and display.rows[name] != Waiting(asked_at, trouble) and not display.on_terminal:
+            display.say(f"{name} still waiting: {trouble}")
+        display.rows[name] = Waiting(asked_at, trouble)
 
     try:
         async with reserve(endpoint, args.cost, args.lifetime, args.wait, on_trouble=on_trouble) as session:
             held_at, how = time.monotonic(), "released"
-            row.state = Held(asked_at, held_at, session)
-            row.settled.set()
-            waited = f"held after {held_at - asked_at:.1f} s"
-            display.say(f"{row.name} {waited}: session {session.session_id}, {session.url}")
+            display.rows[name] = Held(asked_at, held_at, session)
+            display.say(f"{name} held after {held_at - asked_at:.1f} s: session {session.session_id}, {session.url}")
             await session.ended()
             how, reason = "let go", "the worker let go"
     except Exception as error:  # noqa: BLE001  whatever it was, this one has ended and the others go on
         how, reason = "lost" if held_at else "not reserved", " ".join((str(error) or repr(error)).split())
     finally:
-        row.state = Ended(asked_at, held_at, time.monotonic(), how, reason)
-        row.settled.set()
-        held = f" after {row.state.ended_at - held_at:.1f} s" if held_at else ""
-        display.say(f"{row.name} {how}{held}{reason and f': {reason}'}")
+        ended_at = time.monotonic()
+        display.rows[name] = Ended(asked_at, held_at, ended_at, how, reason)
+        held = f" after {ended_at - held_at:.1f} s" if held_at else ""
+        display.say(f"{name} {how}{held}{reason and f': {reason}'}")
 
 
 async def ramp(endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
@@ -605,23 +589,22 @@ async def ramp(endpoint: Endpoint, args: argparse.Namespace, display: Display) -
     occupying: list[asyncio.Task[None]] = []
     watching = [asyncio.create_task(watch_workers(endpoint, display))] if args.demo else []
     try:
-        for row in rows:
+        for name in rows:
             if occupying:
                 await asyncio.sleep(args.interval)
-            occupying.append(asyncio.create_task(occupy(row, endpoint, args, display)))
-        for row in rows:
-            await row.settled.wait()
+            occupying.append(asyncio.create_task(occupy(name, endpoint, args, display)))
+        while not all(isinstance(state, (Held, Ended)) for state in rows.values()):
+            await asyncio.sleep(0.1)
         until = time.monotonic() + plateau
-        for row in rows:
-            if isinstance(row.state, Held):
-                row.state, until = row.state._replace(until=until), until + args.interval
+        for name, state in rows.items():
+            if isinstance(state, Held):
+                rows[name], until = state._replace(until=until), until + args.interval
         await asyncio.wait(occupying, timeout=None if math.isinf(plateau) else plateau)
-        for row, task in zip(rows, occupying):
-            if isinstance(row.state, Held):
+        for name, task in zip(rows, occupying):
+            if isinstance(rows[name], Held):
                 task.cancel()
                 await asyncio.wait({task})
-                if any(isinstance(row.state, Held) for row in rows):
-                    await asyncio.wait(occupying, timeout=args.interval)
+                await asyncio.wait(occupying, timeout=args.interval)
         if watching:  # the endpoint scale back down
             display.say("watching the workers go")
             await asyncio.wait(watching, timeout=15 if args.local else 60)
@@ -636,12 +619,12 @@ async def watch_workers(endpoint: Endpoint, display: Display) -> None:
     while True:
         with contextlib.suppress(Exception):  # a display only; the reservations have their own eyes
             states = [worker.status.lower() for worker in await endpoint.get_workers()]
-            running, seen = sum(state not in COLD for state in states), count(states)
+            running, seen = sum(state not in ("stopped", "inactive") for state in states), count(states)
             if seen != display.workers and not display.on_terminal:
                 display.say(f"workers: {seen}")
             display.workers = seen
             display.seen.append((time.monotonic(), running))
-            if not running and all(isinstance(row.state, Ended) for row in display.rows):
+            if not running and all(isinstance(state, Ended) for state in display.rows.values()):
                 return
         await asyncio.sleep(CHECK / 2)
 
@@ -670,19 +653,15 @@ class UsageError(Exception):
     """One line for a person, and exit status 2."""
 
 
-def number(least: float, most: float, whole: bool = False, endless: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number within the bounds; `inf` only if `endless`."""
-
-    def convert(text: str) -> float:
-        try:
-            value = int(text) if whole else float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number' if whole else 'number'}") from None
-        if not (least <= value <= most or (endless and value == math.inf)):
-            raise argparse.ArgumentTypeError(f"{text} is not within {least:g} and {most:g}")
-        return value
-
-    return convert
+def number(least: float, most: float, text: str, whole: bool = False, endless: bool = False) -> float:
+    """What argparse is to take for a number: one within the bounds; `inf` only if `endless`."""
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole number' if whole else 'number'}") from None
+    if not (least <= value <= most or (endless and value == math.inf)):
+        raise argparse.ArgumentTypeError(f"{text} is not within {least:g} and {most:g}")
+    return value
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -694,13 +673,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     option("--local", action="store_true", help="run against a stand-in for Vast on this machine")
     option("--demo", action="store_true", help="several reservations, ramped up and down")
     for flag, kind, default, text in (
-        ("--hold", number(0.1, week, endless=True), 180, "seconds to hold, or inf"),
-        ("--interval", number(0.1, week), 30, "demo: seconds between two steps"),
-        ("--plateau", number(0.1, week), 300, "demo: seconds with all held"),
-        ("--count", number(1, 100, whole=True), 3, "demo: how many"),
-        ("--cost", number(1, 1e6, whole=True), 100, "load of one; 100 is one worker"),
-        ("--lifetime", number(1, 86400), 120, "seconds without a keep-alive"),
-        ("--wait", number(0.1, week), 1800, "seconds to wait for a worker"),
+        ("--hold", partial(number, 0.1, week, endless=True), 180, "seconds to hold, or inf"),
+        ("--interval", partial(number, 0.1, week), 30, "demo: seconds between two steps"),
+        ("--plateau", partial(number, 0.1, week), 300, "demo: seconds with all held"),
+        ("--count", partial(number, 1, 100, whole=True), 3, "demo: how many"),
+        ("--cost", partial(number, 1, 1e6, whole=True), 100, "load of one; 100 is one worker"),
+        ("--lifetime", partial(number, 1, 86400), 120, "seconds without a keep-alive"),
+        ("--wait", partial(number, 0.1, week), 1800, "seconds to wait for a worker"),
     ):
         option(flag, metavar="N", type=kind, default=default, help=f"{text} (default: {default})")
     args = parser.parse_args(arguments)
@@ -736,7 +715,7 @@ async def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status. After a signal every session is closed first; a second one ends it at once."""
     caught: list[int] = []
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    display = Display([Row(f"#{place + 1}") for place in range(args.count if args.demo else 1)])
+    display = Display(args.count if args.demo else 1)
     # SIGHUP: the terminal is gone. One that is ignored on purpose (nohup) stays so.
     signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
 
@@ -761,7 +740,7 @@ async def run(args: argparse.Namespace) -> int:
             if not caught:
                 raise
             return 128 + caught[0]
-        ends = [(row.name, row.state) for row in display.rows if isinstance(row.state, Ended)]
+        ends = [(name, state) for name, state in display.rows.items() if isinstance(state, Ended)]
         if args.demo:
             display.live.stop()
             display.output.write("\n".join(chart(ends, display.seen)) + "\n")
