@@ -50,10 +50,11 @@ REQUEST_TIMEOUT = 10.0  # seconds for one request, at most
 REFUSALS = 5  # looks in a row at a port that refuses, after which the worker's process has ended
 CLOSE_TIMEOUT = 3.0  # seconds in which a session has to be closed; on_close callbacks go on without us
 CLOSING = 50  # sessions that are closed at the same time
-POLL_RATE = 50  # polls for a worker a second, however many wait
-FRONT = 16  # of those who wait, who poll every second
+FRONT = 16  # of those who wait for a worker, who poll every second
+POLL_RATE = 30  # polls a second of all the others
 MAX_ANSWER = 1 << 20  # bytes that are read of an answer; cut off, it is no JSON
 
+JSON = dict[str, Any]  # an object of it
 log = logging.getLogger("null_client")
 
 
@@ -71,8 +72,9 @@ class WorkerLost(ReservationError):
 
 class _Answer(NamedTuple):
     status: int
-    fields: dict[str, Any]  # of its JSON object; empty where there is none
+    fields: JSON  # of its JSON object; empty where there is none
     text: str  # the beginning of it
+    asked_at: float  # by time.monotonic()
 
     @property
     def says_gone(self) -> bool:
@@ -89,7 +91,7 @@ FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, Recu
 
 async def _post(http: aiohttp.ClientSession, url: str, body: object, timeout: float | None, **options: Any) -> _Answer:
     """One request. Raises FAILURES."""
-    bound = aiohttp.ClientTimeout(total=timeout)
+    bound, asked_at = aiohttp.ClientTimeout(total=timeout), time.monotonic()
     async with http.post(url, json=body, timeout=bound, allow_redirects=False, **options) as response:
         content = b""
         while len(content) <= MAX_ANSWER and (chunk := await response.content.readany()):
@@ -98,7 +100,7 @@ async def _post(http: aiohttp.ClientSession, url: str, body: object, timeout: fl
     with contextlib.suppress(ValueError, RecursionError):
         fields = json.loads(content)
     text = " ".join(content[:300].decode(errors="replace").split())
-    return _Answer(response.status, fields if isinstance(fields, dict) else {}, text)
+    return _Answer(response.status, fields if isinstance(fields, dict) else {}, text, asked_at)
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -161,14 +163,13 @@ class _Line:
             await asyncio.wait({ticket}, timeout=seconds) if interval > pause else await asyncio.sleep(seconds)
         if not pause or interval > 1.0:  # those in front are few, but for those who have just come
             now = time.monotonic()
-            self._slot = max(now, self._slot + 1 / (0.6 * POLL_RATE))
+            self._slot = max(now, self._slot + 1 / POLL_RATE)
             await asyncio.sleep(min(self._slot, deadline) - now)
 
 
 def poll_interval(place: int, waiting: int) -> float:
-    """Seconds between two polls of the one in that place, of so many who wait: those in front every second, those
-    behind share what is left of the rate."""
-    return 1.0 if place < FRONT else max(4.0, (waiting - FRONT) / (0.6 * POLL_RATE))
+    """Seconds between two polls of the one in that place, of so many who wait: those behind share a rate."""
+    return 1.0 if place < FRONT else max(4.0, (waiting - FRONT) / POLL_RATE)
 
 
 class _Undisturbed(asyncio.Task[Any]):
@@ -204,9 +205,7 @@ async def _carry_through(work: Coroutine[Any, Any, object]) -> None:
 class Reservation:
     """A worker that is yours. Made by reserve(), which also closes it."""
 
-    def __init__(
-        self, http: aiohttp.ClientSession, auth_data: dict[str, Any], lifetime: float, created: _Answer, sent_at: float
-    ) -> None:
+    def __init__(self, http: aiohttp.ClientSession, auth_data: JSON, lifetime: float, created: _Answer) -> None:
         self.session_id: str = created.fields["session_id"]
         self.url: str = auth_data["url"]
         self.auth_data = auth_data  # the `session_auth` of the worker's own routes
@@ -214,12 +213,11 @@ class Reservation:
         self.unreachable = False
         self._http, self._handed_over, self._closing = http, False, False
         # The time to live began when the worker created the session, which with a slow answer may be long ago.
-        self._expires, expiration = sent_at + lifetime, created.fields.get("expiration")
+        self._expires, expiration = created.asked_at + lifetime, created.fields.get("expiration")
         self._offset = self._expires - (expiration if _is_number(expiration) else time.time() + lifetime)
         self._most, self._not_before = self._expires, 0.0  # what keep-alives can have made of it; for the next one
         self._over: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         self._keeper = asyncio.create_task(self._keep())
-        self._keeper.add_done_callback(self._kept)
 
     @property
     def time_to_live(self) -> float:
@@ -266,9 +264,10 @@ class Reservation:
             self._end()
 
     async def _end_on_worker(self) -> None:
-        answer = await _outcome(self._ask("/session/end", None, session_auth=self.auth_data))
-        if isinstance(answer, _Answer) and (answer.says_gone or answer.fields.get("ended") is True):
-            self._end()
+        with contextlib.suppress(*FAILURES):
+            answer = await self._ask("/session/end", None, session_auth=self.auth_data)
+            if answer.says_gone or answer.fields.get("ended") is True:
+                self._end()
 
     async def _leave(self) -> None:
         """The block has ended."""
@@ -280,16 +279,12 @@ class Reservation:
                 await _Undisturbed(self._end_on_worker()).settle(CLOSE_TIMEOUT / 2)
         await self._http.close()
 
-    def _kept(self, keeper: "asyncio.Task[WorkerLost | None]") -> None:
-        if not keeper.cancelled():
-            self._end(keeper.exception() or keeper.result())
-
     def _end(self, error: BaseException | None = None) -> None:
         if not self._over.done():
             self._over.set_result(error)
 
-    async def _keep(self) -> WorkerLost | None:
-        """Keep the session alive; return when the worker no longer has it, or why it is lost."""
+    async def _keep(self) -> None:
+        """Keep the session alive until the worker no longer has it, or is lost."""
         refusals, moment = 0, min(CHECK, self.lifetime / 8)
         timeout = max(1.0, min(REQUEST_TIMEOUT, self.lifetime / 4))
         while True:
@@ -309,7 +304,7 @@ class Reservation:
                     wait = 0.0 if self.unreachable else max(0.0, min(LOOK, self.lifetime / 4, due))
                     look = await self._ask("/session/get", wait + timeout, session_auth=self.auth_data, wait=wait)
                     if look.says_gone:
-                        return None
+                        return self._end()
                     if not (look.status == 200 and _is_number(expiration := look.fields.get("expiration"))):
                         raise aiohttp.ClientError(str(look))
                     # It lives, with no more than what keep-alives can have made of it, whatever the answer claims.
@@ -321,12 +316,12 @@ class Reservation:
                     self.unreachable, refusals = False, 0
                     if now - asked_at >= min(wait, CHECK) / 2:  # it knows how to wait
                         pause = 0.0
-            except FAILURES as error:
+            except Exception as error:  # noqa: BLE001  whatever it was, the worker didn't answer
                 self.unreachable = True
                 refusals = refusals + 1 if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED else 0
                 # Not one whose time ran out only while this was asked: this process may have stood still.
                 if self._expires <= asked_at or refusals == REFUSALS:
-                    return WorkerLost(f"worker {self.url} can't be reached: {str(error) or 'timed out'}")
+                    return self._end(WorkerLost(f"worker {self.url} can't be reached: {str(error) or 'timed out'}"))
             await asyncio.sleep(pause)
 
     async def _ask(self, route: str, timeout: float | None, **body: object) -> _Answer:
@@ -370,9 +365,7 @@ async def reserve(
         await _carry_through(reservation._leave())
 
 
-async def _open(
-    vast: _Vast, cost: float, payload: dict[str, Any], wait: float, on_trouble: Callable[[str], object]
-) -> Reservation:
+async def _open(vast: _Vast, cost: float, payload: JSON, wait: float, tell: Callable[[str], object]) -> Reservation:
     """Ask the router, create, held. Every step is cancelled with the caller, but for a create: see _create()."""
     deadline, trouble, failures, pause = time.monotonic() + wait, "", 0, 0.0
     place: float = 0
@@ -399,20 +392,12 @@ async def _open(
             except FAILURES as error:
                 trouble, failures = str(error) or "the autoscaler does not answer", failures + 1
                 pause = min(0.5 * 2**failures, 5.0)
-            on_trouble(trouble)
+            tell(trouble)
     finally:
         line.leave(ticket)
 
 
-async def _outcome(request: Coroutine[Any, Any, _Answer]) -> "_Answer | Exception":
-    """What came of a request. asyncio.run() reports every task that it finds and that fails, awaited or not."""
-    try:
-        return await request
-    except FAILURES as error:
-        return error
-
-
-async def _create(vast: _Vast, auth_data: dict[str, Any], payload: dict[str, Any]) -> Reservation:
+async def _create(vast: _Vast, auth_data: JSON, payload: JSON) -> Reservation:
     """Open a session on the worker that the router has named. Raises FAILURES.
 
     Cancelled, it waits for the answer all the same and ends the session: nobody else would know of it.
@@ -420,16 +405,22 @@ async def _create(vast: _Vast, auth_data: dict[str, Any], payload: dict[str, Any
     url = auth_data["url"]
     connector = aiohttp.TCPConnector(ssl=await vast.tls())
     http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-    sent_at, lifetime = time.monotonic(), payload["lifetime"]
-    request = _post(http, f"{url}/session/create", {"auth_data": auth_data, "payload": payload}, None)
-    creating = _Undisturbed(_outcome(request))
+    lifetime = payload["lifetime"]
+
+    async def ask() -> _Answer | Exception:
+        try:
+            return await _post(http, f"{url}/session/create", {"auth_data": auth_data, "payload": payload}, None)
+        except FAILURES as error:
+            return error  # asyncio.run() reports every task that it finds and that fails, awaited or not
+
+    creating = _Undisturbed(ask())
 
     async def discard() -> None:
         late = await creating.settle(CLOSE_TIMEOUT - 0.5)
         if late is None:
             log.warning("no answer to a create: %s may stay reserved for %g s", url, lifetime)
         elif isinstance(late, _Answer) and isinstance(late.fields.get("session_id"), str):
-            await Reservation(http, auth_data, lifetime, late, sent_at)._close()
+            await Reservation(http, auth_data, lifetime, late)._close()
         await http.close()
 
     try:
@@ -444,7 +435,7 @@ async def _create(vast: _Vast, auth_data: dict[str, Any], payload: dict[str, Any
     except BaseException:
         await _carry_through(discard())
         raise
-    return Reservation(http, auth_data, lifetime, created, sent_at)
+    return Reservation(http, auth_data, lifetime, created)
 
 
 class Waiting(NamedTuple):
@@ -666,10 +657,10 @@ def number(least: float, most: float, text: str, whole: bool = False, endless: b
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="null_client.py", description="Reserve workers of a Vast endpoint.")
-    option, week, instances = parser.add_argument, 7 * 86400, ("prod", "alpha", "candidate", "local")
+    option, week, instances = parser.add_argument, 7 * 86400, "prod, alpha, candidate, local"
     option("--endpoint", metavar="NAME", default=os.environ.get("VAST_ENDPOINT"), help="default: $VAST_ENDPOINT")
     instance = os.environ.get("VAST_INSTANCE") or "prod"
-    option("--instance", default=instance, help=f"{', '.join(instances)}; default: $VAST_INSTANCE or prod")
+    option("--instance", default=instance, help=f"{instances}; default: $VAST_INSTANCE or prod")
     option("--local", action="store_true", help="run against a stand-in for Vast on this machine")
     option("--demo", action="store_true", help="several reservations, ramped up and down")
     for flag, kind, default, text in (
@@ -683,8 +674,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     ):
         option(flag, metavar="N", type=kind, default=default, help=f"{text} (default: {default})")
     args = parser.parse_args(arguments)
-    if args.instance not in instances:
-        parser.error(f"argument --instance: {args.instance!r} is none of {', '.join(instances)}")
+    if args.instance not in instances.split(", "):
+        parser.error(f"argument --instance: {args.instance!r} is none of {instances}")
     if not (args.local or args.endpoint):
         parser.error("argument --endpoint: needed, or $VAST_ENDPOINT, or --local")
     return args
@@ -721,13 +712,13 @@ async def run(args: argparse.Namespace) -> int:
 
     def interrupt(signum: int) -> None:
         caught.append(signum)
-        display.live.stop()  # the second signal leaves the terminal as it is
-        display.say("interrupted, closing")
+        if task:
+            task.cancel()
         for again in signals:
             loop.remove_signal_handler(again)
             signal.signal(again, lambda *_: os._exit(128 + signum))
-        if task:
-            task.cancel()
+        display.live.stop()  # a second signal leaves the terminal as it finds it
+        display.say("interrupted, closing")
 
     for signum in signals:
         loop.add_signal_handler(signum, interrupt, signum)
