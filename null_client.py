@@ -52,7 +52,6 @@ CLOSE_TIMEOUT = 3.0  # seconds in which a session has to be closed; on_close cal
 CLOSING = 50  # sessions that are closed at the same time
 FRONT = 16  # of those who wait for a worker, who poll every second
 POLL_RATE = 30  # polls a second of all the others
-MAX_ANSWER = 1 << 20  # bytes that are read of an answer; cut off, it is no JSON
 
 JSON = dict[str, Any]  # an object of it
 log = logging.getLogger("null_client")
@@ -94,8 +93,8 @@ async def _post(http: aiohttp.ClientSession, url: str, body: object, timeout: fl
     bound, asked_at = aiohttp.ClientTimeout(total=timeout), time.monotonic()
     async with http.post(url, json=body, timeout=bound, allow_redirects=False, **options) as response:
         content = b""
-        while len(content) <= MAX_ANSWER and (chunk := await response.content.readany()):
-            content += chunk
+        while len(content) <= 1 << 20 and (chunk := await response.content.readany()):
+            content += chunk  # one that is cut off is no JSON
     fields: object = None
     with contextlib.suppress(ValueError, RecursionError):
         fields = json.loads(content)
@@ -461,14 +460,26 @@ class Ended(NamedTuple):
 State = Waiting | Held | Ended | None  # of one reservation of the command; None: not yet begun
 
 
-class Output:
-    """Standard output, written by a thread of its own: one that is slow, full or gone holds nothing up."""
+class Display:
+    """What a person sees: live rows on a terminal, plain lines with times elsewhere.
 
-    def __init__(self) -> None:
-        self.encoding = sys.stdout.encoding  # Live puts itself in that place
+    It is the file that rich writes to. A thread of its own writes standard output: one that is slow, full or gone
+    holds nothing up.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows: dict[str, State] = {f"#{place + 1}": None for place in range(rows)}
+        self.workers = ""  # the endpoint's, by state
+        self.seen: list[tuple[float, int]] = []  # when, and how many of them
+        self.on_terminal, self.encoding = sys.stdout.isatty(), sys.stdout.encoding  # Live puts itself in that place
+        self._console = Console(file=self, force_terminal=self.on_terminal)  # type: ignore[arg-type]
+        self.live = Live(console=self._console, get_renderable=self._render, transient=not self.on_terminal)
         self._texts: queue.Queue[str | None] = queue.Queue(1000)
         self._printer = threading.Thread(target=self._print, daemon=True)
         self._printer.start()
+
+    def say(self, line: str) -> None:
+        self._console.print(Text(f"{time.strftime('%H:%M:%S')} {line}"), soft_wrap=True)
 
     def write(self, text: str | None) -> None:
         """None: nothing comes any more."""
@@ -494,27 +505,13 @@ class Output:
         except OSError:
             pass
 
-
-class Display:
-    """What a person sees: live rows on a terminal, plain lines with times elsewhere."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows: dict[str, State] = {f"#{place + 1}": None for place in range(rows)}
-        self.workers = ""  # the endpoint's, by state
-        self.seen: list[tuple[float, int]] = []  # when, and how many of them
-        self.output, self.on_terminal = Output(), sys.stdout.isatty()
-        self._console = Console(file=self.output, force_terminal=self.on_terminal)  # type: ignore[arg-type]
-        self.live = Live(console=self._console, get_renderable=self._render, transient=not self.on_terminal)
-
-    def say(self, line: str) -> None:
-        self._console.print(Text(f"{time.strftime('%H:%M:%S')} {line}"), soft_wrap=True)
-
     def _render(self) -> Group:
         table, room = Table.grid(padding=(0, 2)), self._console.height - 3
-        shown = len(self.rows) if len(self.rows) <= room else max(0, room - 1)
-        for name, state in list(self.rows.items())[:shown]:
-            table.add_row(name, *describe(state, time.monotonic()))
-        rest = [label(state) for state in list(self.rows.values())[shown:]]
+        drawn = [[name, *describe(state, time.monotonic())] for name, state in self.rows.items()]
+        shown = len(drawn) if len(drawn) <= room else max(0, room - 1)
+        for columns in drawn[:shown]:
+            table.add_row(*columns)
+        rest = [str(columns[1]) for columns in drawn[shown:]]
         lines = [f"and {len(rest)} more: {count(rest)}"] if rest else []
         lines += [f"workers: {self.workers}"] if self.workers else []
         return Group(table, *(Text(line, overflow="crop", no_wrap=True) for line in lines))
@@ -524,27 +521,23 @@ def count(names: Iterable[str]) -> str:
     return ", ".join(f"{number} {name}" for name, number in sorted(Counter(names).items())) or "none"
 
 
-def label(state: State) -> str:
-    return state.how if isinstance(state, Ended) else type(state).__name__.lower() if state else "planned"
-
-
 def describe(state: State, now: float) -> list[str | ProgressBar | Text]:
     """The columns of a live row: the state, the time in it, the progress, and what else there is to know."""
-    seconds, detail = 0.0, ""
+    label, seconds, detail = "planned", 0.0, ""
     bar: str | ProgressBar = ""
     if isinstance(state, Waiting):
-        seconds, detail = now - state.asked_at, state.trouble
+        label, seconds, detail = "waiting", now - state.asked_at, state.trouble
     elif isinstance(state, Ended):
-        seconds, detail = state.ended_at - (state.held_at or state.asked_at), state.reason
+        label, seconds, detail = state.how, state.ended_at - (state.held_at or state.asked_at), state.reason
     elif isinstance(state, Held):
-        seconds, detail, session = now - state.held_at, state.session.url, state.session
-        if session.unreachable:
-            detail = f"not answering, given up in {max(0, session.time_to_live):.0f} s"
+        label, seconds, detail = "held", now - state.held_at, state.session.url
+        if state.session.unreachable:
+            detail = f"not answering, given up in {max(0, state.session.time_to_live):.0f} s"
         bar = "until released" if state.until else "until all are held"
         if state.until and math.isfinite(state.until):
             bar = ProgressBar(state.until - state.held_at, min(seconds, state.until - state.held_at), width=16)
     clock = f"{int(seconds) // 60}:{int(seconds) % 60:02}" if state else ""
-    return [label(state), clock, bar, Text(detail, overflow="crop", no_wrap=True)]
+    return [label, clock, bar, Text(detail, overflow="crop", no_wrap=True)]
 
 
 async def occupy(name: str, endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
@@ -640,10 +633,6 @@ def chart(rows: list[tuple[str, Ended]], workers: list[tuple[float, int]], width
     return [*lines, f"{'workers':<9}{''.join(counts)}"] if workers else lines
 
 
-class UsageError(Exception):
-    """One line for a person, and exit status 2."""
-
-
 def number(least: float, most: float, text: str, whole: bool = False, endless: bool = False) -> float:
     """What argparse is to take for a number: one within the bounds; `inf` only if `endless`."""
     try:
@@ -686,19 +675,20 @@ async def connect(stack: contextlib.AsyncExitStack, args: argparse.Namespace, di
     if args.local:
         from null_local import LocalVast  # the only one who needs that file
 
-        vast = LocalVast(len(display.rows), inactivity_timeout=3, on_event=display.say)
-        await stack.enter_async_context(vast)
+        local = LocalVast(len(display.rows), inactivity_timeout=3, on_event=display.say)
+        vast = await stack.enter_async_context(local)
         client, name = vast.client(), vast.endpoint_name
     else:
         try:
             key = VastAI().client.api_key  # from the environment, or where `vastai set api-key` saved it
         except RuntimeError:
-            raise UsageError("no API key: set VAST_API_KEY, or save one with: vastai set api-key KEY") from None
+            raise argparse.ArgumentError(None, "no API key: set VAST_API_KEY, or: vastai set api-key KEY") from None
         client, name = Serverless(key, instance=args.instance), args.endpoint
     await stack.enter_async_context(client)
     endpoints = {endpoint.name: endpoint for endpoint in await client.get_endpoints()}
     if name not in endpoints:
-        raise UsageError(f"no endpoint {name!r}; there are: {', '.join(sorted(endpoints)) or 'none'}")
+        known = ", ".join(sorted(endpoints)) or "none"
+        raise argparse.ArgumentError(None, f"no endpoint {name!r}; there are: {known}")
     return endpoints[name]
 
 
@@ -722,7 +712,7 @@ async def run(args: argparse.Namespace) -> int:
 
     for signum in signals:
         loop.add_signal_handler(signum, interrupt, signum)
-    with contextlib.closing(display.output), display.live:
+    with contextlib.closing(display), display.live:
         display.say("connecting")
         try:
             async with contextlib.AsyncExitStack() as stack:
@@ -734,7 +724,7 @@ async def run(args: argparse.Namespace) -> int:
         ends = [(name, state) for name, state in display.rows.items() if isinstance(state, Ended)]
         if args.demo:
             display.live.stop()
-            display.output.write("\n".join(chart(ends, display.seen)) + "\n")
+            display.write("\n".join(chart(ends, display.seen)) + "\n")
     return 0 if all(end.how in ("released", "let go") for _, end in ends) else 1
 
 
@@ -744,7 +734,7 @@ def main(arguments: list[str] | None = None) -> int:
         return asyncio.run(run(args))
     except Exception as error:  # noqa: BLE001  a person gets a line, whatever went wrong on the way to Vast
         print(f"null_client: {error}".replace("\n", " "), file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 
 if __name__ == "__main__":
