@@ -568,7 +568,7 @@ async def occupy(name: str, endpoint: Endpoint, args: argparse.Namespace, displa
 
 
 async def ramp(endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
-    """Ramp up, hold all from the moment the last one is held, ramp down, the oldest first. A single one is a ramp too."""
+    """Ramp up, hold all from the moment the last one is held, ramp down, the oldest first. One alone is a ramp too."""
     rows, plateau = display.rows, args.plateau if args.demo else args.hold
     occupying: list[asyncio.Task[None]] = []
     watching = [asyncio.create_task(watch_workers(endpoint, display))] if args.demo else []
@@ -675,8 +675,7 @@ async def connect(stack: contextlib.AsyncExitStack, args: argparse.Namespace, di
     if args.local:
         from null_local import LocalVast  # the only one who needs that file
 
-        local = LocalVast(len(display.rows), inactivity_timeout=3, on_event=display.say)
-        vast = await stack.enter_async_context(local)
+        vast = await stack.enter_async_context(LocalVast(len(display.rows), inactivity_timeout=3, on_event=display.say))
         client, name = vast.client(), vast.endpoint_name
     else:
         try:
