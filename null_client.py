@@ -204,16 +204,17 @@ async def _carry_through(work: Coroutine[Any, Any, object]) -> None:
 class Reservation:
     """A worker that is yours. Made by reserve(), which also closes it."""
 
-    def __init__(self, http: aiohttp.ClientSession, auth_data: JSON, lifetime: float, created: _Answer) -> None:
+    def __init__(self, http: aiohttp.ClientSession, auth_data: JSON, payload: JSON, created: _Answer) -> None:
         self.session_id: str = created.fields["session_id"]
         self.url: str = auth_data["url"]
         self.auth_data = auth_data  # the `session_auth` of the worker's own routes
-        self.lifetime = lifetime  # seconds
+        self.lifetime: float = payload["lifetime"]  # seconds
         self.unreachable = False
         self._http, self._handed_over, self._closing = http, False, False
         # The time to live began when the worker created the session, which with a slow answer may be long ago.
-        self._expires, expiration = created.asked_at + lifetime, created.fields.get("expiration")
-        self._offset = self._expires - (expiration if _is_number(expiration) else time.time() + lifetime)
+        self._expires: float = created.asked_at + self.lifetime
+        expiration = created.fields.get("expiration")
+        self._offset = self._expires - (expiration if _is_number(expiration) else time.time() + self.lifetime)
         self._most, self._not_before = self._expires, 0.0  # what keep-alives can have made of it; for the next one
         self._over: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         self._keeper = asyncio.create_task(self._keep())
@@ -250,9 +251,8 @@ class Reservation:
         async with _Line.here().closing:
             deadline, asking = time.monotonic() + CLOSE_TIMEOUT, set[_Undisturbed]()
             while not self._over.done() and (left := deadline - time.monotonic()) > 0:
-                asking.add(_Undisturbed(self._end_on_worker()))
-                wait = min(left, CLOSE_TIMEOUT / 2)  # one that hangs is asked again, and may still be answered
-                _, asking = await asyncio.wait(asking, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                asking.add(_Undisturbed(self._end_on_worker()))  # beside one that hangs: it may still be answered
+                _, asking = await asyncio.wait(asking, timeout=min(left, 1.5), return_when=asyncio.FIRST_COMPLETED)
                 if not self._over.done():
                     await asyncio.sleep(0.2)
             for each in asking:
@@ -404,7 +404,6 @@ async def _create(vast: _Vast, auth_data: JSON, payload: JSON) -> Reservation:
     url = auth_data["url"]
     connector = aiohttp.TCPConnector(ssl=await vast.tls())
     http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-    lifetime = payload["lifetime"]
 
     async def ask() -> _Answer | Exception:
         try:
@@ -417,9 +416,9 @@ async def _create(vast: _Vast, auth_data: JSON, payload: JSON) -> Reservation:
     async def discard() -> None:
         late = await creating.settle(CLOSE_TIMEOUT - 0.5)
         if late is None:
-            log.warning("no answer to a create: %s may stay reserved for %g s", url, lifetime)
+            log.warning("no answer to a create: %s may stay reserved for %g s", url, payload["lifetime"])
         elif isinstance(late, _Answer) and isinstance(late.fields.get("session_id"), str):
-            await Reservation(http, auth_data, lifetime, late)._close()
+            await Reservation(http, auth_data, payload, late)._close()
         await http.close()
 
     try:
@@ -434,7 +433,7 @@ async def _create(vast: _Vast, auth_data: JSON, payload: JSON) -> Reservation:
     except BaseException:
         await _carry_through(discard())
         raise
-    return Reservation(http, auth_data, lifetime, created)
+    return Reservation(http, auth_data, payload, created)
 
 
 class Waiting(NamedTuple):
