@@ -471,7 +471,7 @@ class Display:
         self.workers = ""  # the endpoint's, by state
         self.seen: list[tuple[float, int]] = []  # when, and how many of them
         self.on_terminal, self.encoding = sys.stdout.isatty(), sys.stdout.encoding  # Live puts itself in that place
-        self._console = Console(file=self, force_terminal=self.on_terminal)  # type: ignore[arg-type]
+        self._console = Console(file=self, force_terminal=self.on_terminal, highlight=False)  # type: ignore[arg-type]
         self.live = Live(console=self._console, get_renderable=self._render, transient=not self.on_terminal)
         self._texts: queue.Queue[str | None] = queue.Queue(1000)
         self._printer = threading.Thread(target=self._print, daemon=True)
