@@ -172,10 +172,8 @@ def poll_interval(place: int, waiting: int) -> float:
 
 
 class _Undisturbed(asyncio.Task[Any]):
-    """A task that only its owner ends: asyncio.run() cancels whatever it finds, a clean-up too.
-
-    No time-out of asyncio's or aiohttp's works inside it: they cancel.
-    """
+    """A task that only its owner ends: asyncio.run() cancels whatever it finds, a clean-up too. No time-out of
+    asyncio's or aiohttp's works inside it: they cancel."""
 
     def cancel(self, msg: object = None) -> bool:
         return False
@@ -397,10 +395,8 @@ async def _open(vast: _Vast, cost: float, payload: JSON, wait: float, tell: Call
 
 
 async def _create(vast: _Vast, auth_data: JSON, payload: JSON) -> Reservation:
-    """Open a session on the worker that the router has named. Raises FAILURES.
-
-    Cancelled, it waits for the answer all the same and ends the session: nobody else would know of it.
-    """
+    """Open a session on the worker that the router has named. Raises FAILURES, or NotReserved. Cancelled, it waits for
+    the answer all the same and ends the session: nobody else would know of it."""
     url = auth_data["url"]
     connector = aiohttp.TCPConnector(ssl=await vast.tls())
     http = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
@@ -460,11 +456,8 @@ State = Waiting | Held | Ended | None  # of one reservation of the command; None
 
 
 class Display:
-    """What a person sees: live rows on a terminal, plain lines with times elsewhere.
-
-    It is the file that rich writes to. A thread of its own writes standard output: one that is slow, full or gone
-    holds nothing up.
-    """
+    """What a person sees: live rows on a terminal, plain lines with times elsewhere. It is the file that rich writes
+    to, and a thread of its own writes standard output: one that is slow, full or gone holds nothing up."""
 
     def __init__(self, rows: int) -> None:
         self.rows: dict[str, State] = {f"#{place + 1}": None for place in range(rows)}
@@ -586,7 +579,6 @@ async def ramp(endpoint: Endpoint, args: argparse.Namespace, display: Display) -
         for name, task in zip(rows, occupying):
             if isinstance(rows[name], Held):
                 task.cancel()
-                await asyncio.wait({task})
                 await asyncio.wait(occupying, timeout=args.interval)
         if watching:  # the endpoint scale back down
             display.say("watching the workers go")
@@ -685,8 +677,7 @@ async def connect(stack: contextlib.AsyncExitStack, args: argparse.Namespace, di
     await stack.enter_async_context(client)
     endpoints = {endpoint.name: endpoint for endpoint in await client.get_endpoints()}
     if name not in endpoints:
-        known = ", ".join(sorted(endpoints)) or "none"
-        raise argparse.ArgumentError(None, f"no endpoint {name!r}; there are: {known}")
+        raise argparse.ArgumentError(None, f"no endpoint {name!r}; there are: {', '.join(endpoints) or 'none'}")
     return endpoints[name]
 
 
@@ -727,9 +718,8 @@ async def run(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
     try:
-        return asyncio.run(run(args))
+        return asyncio.run(run(parse_arguments(arguments)))
     except Exception as error:  # noqa: BLE001  a person gets a line, whatever went wrong on the way to Vast
         print(f"null_client: {error}".replace("\n", " "), file=sys.stderr)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
