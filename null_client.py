@@ -664,8 +664,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 async def connect(stack: contextlib.AsyncExitStack, args: argparse.Namespace, display: Display) -> Endpoint:
     """The endpoint on Vast, or on a LocalVast for the life of the stack."""
     if args.local:
-        from null_local import LocalVast  # the only one who needs that file
-
+        try:
+            from null_local import LocalVast
+        except ImportError as error:
+            raise argparse.ArgumentError(None, f"--local needs null_local.py beside this file: {error}") from error
         vast = await stack.enter_async_context(LocalVast(len(display.rows), inactivity_timeout=3, on_event=display.say))
         client, name = vast.client(), vast.endpoint_name
     else:

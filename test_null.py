@@ -3456,6 +3456,13 @@ def test_bad_arguments_are_refused_by_name(arguments, message, capsys, monkeypat
     assert exit.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_client_that_was_copied_alone_says_what_its_stand_in_needs(tmp_path):
+    shutil.copy(HERE / "null_client.py", tmp_path)
+    done = run([sys.executable, tmp_path / "null_client.py", "--local"], BARE)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr.count("\n")) == (2, 1, 1)
+    assert done.stderr.startswith("null_client: --local needs null_local.py beside this file: ")
+
+
 async def test_without_an_api_key_one_line_says_both_ways_to_give_one():
     async with Command("--endpoint", "x") as command:
         assert await command.status() == 2
