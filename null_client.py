@@ -142,7 +142,7 @@ class _Line:
 
     def __init__(self) -> None:
         self.waiting: list[asyncio.Future[None]] = []  # in order; done once it has come to the front
-        self.tls, self.closing, self._slot = asyncio.Lock(), asyncio.Semaphore(CLOSING), 0.0
+        self.tls, self.closing, self._pace = asyncio.Lock(), asyncio.Semaphore(CLOSING), asyncio.Lock()
 
     @classmethod
     def here(cls) -> "_Line":
@@ -161,9 +161,16 @@ class _Line:
             seconds = min(max(pause, interval) * random.uniform(0.8, 1.2), deadline - time.monotonic())
             await asyncio.wait({ticket}, timeout=seconds) if interval > pause else await asyncio.sleep(seconds)
         if not pause or interval > 1.0:  # those in front are few, but for those who have just come
-            now = time.monotonic()
-            self._slot = max(now, self._slot + 1 / POLL_RATE)
-            await asyncio.sleep(min(self._slot, deadline) - now)
+            slot = asyncio.create_task(self._slot())
+            try:
+                await asyncio.wait({slot}, timeout=deadline - time.monotonic())
+            finally:
+                slot.cancel()
+
+    async def _slot(self) -> None:
+        """One after the other, first come first. Who has left takes no time of those who come after."""
+        async with self._pace:
+            await asyncio.sleep(1 / POLL_RATE)
 
 
 def poll_interval(place: int, waiting: int) -> float:
@@ -251,7 +258,7 @@ class Reservation:
             while not self._over.done() and (left := deadline - time.monotonic()) > 0:
                 asking.add(_Undisturbed(self._end_on_worker()))  # beside one that hangs: it may still be answered
                 _, asking = await asyncio.wait(asking, timeout=min(left, 1.5), return_when=asyncio.FIRST_COMPLETED)
-                if not self._over.done():
+                if not self._over.done() and time.monotonic() < deadline:
                     await asyncio.sleep(0.2)
             for each in asking:
                 await each.settle(0)
@@ -261,7 +268,7 @@ class Reservation:
             self._end()
 
     async def _end_on_worker(self) -> None:
-        with contextlib.suppress(*FAILURES):
+        with contextlib.suppress(Exception):  # whatever it was, it wasn't the worker's word
             answer = await self._ask("/session/end", None, session_auth=self.auth_data)
             if answer.says_gone or answer.fields.get("ended") is True:
                 self._end()
@@ -459,7 +466,9 @@ class Display:
     """What a person sees: live rows on a terminal, plain lines with times elsewhere. It is the file that rich writes
     to, and a thread of its own writes standard output: one that is slow, full or gone holds nothing up."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, on_broken_pipe: Callable[[], object]) -> None:
+        """`on_broken_pipe` is called in that thread when nobody reads standard output any more."""
+        self._on_broken_pipe = on_broken_pipe
         self.rows: dict[str, State] = {f"#{place + 1}": None for place in range(rows)}
         self.workers = ""  # the endpoint's, by state
         self.seen: list[tuple[float, int]] = []  # when, and how many of them
@@ -490,10 +499,11 @@ class Display:
             while (text := self._texts.get()) is not None:
                 data = text.encode(self.encoding, "backslashreplace")
                 while data:
-                    select.select([], [1], [])  # somebody else may have made it non-blocking
-                    data = data[os.write(1, data) :]
-        except BrokenPipeError:  # nobody reads any more: end as by any other signal
-            signal.raise_signal(signal.SIGTERM)
+                    select.select([], [1], [])
+                    with contextlib.suppress(BlockingIOError):  # somebody else has made it so
+                        data = data[os.write(1, data) :]
+        except BrokenPipeError:
+            self._on_broken_pipe()
         except OSError:
             pass
 
@@ -548,8 +558,11 @@ async def occupy(name: str, endpoint: Endpoint, args: argparse.Namespace, displa
             held_at, how = time.monotonic(), "released"
             display.rows[name] = Held(asked_at, held_at, session)
             display.say(f"{name} held after {held_at - asked_at:.1f} s: session {session.session_id}, {session.url}")
-            await session.ended()
-            how, reason = "let go", "the worker let go"
+            try:
+                await session.ended()
+                how, reason = "let go", "the worker let go"
+            except WorkerLost as error:  # noted at once: the end of the block takes a while, and may be cancelled
+                how, reason = "lost", str(error)
     except Exception as error:  # noqa: BLE001  whatever it was, this one has ended and the others go on
         how, reason = "lost" if held_at else "not reserved", " ".join((str(error) or repr(error)).split())
     finally:
@@ -687,11 +700,13 @@ async def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status. After a signal every session is closed first; a second one ends it at once."""
     caught: list[int] = []
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    display = Display(args.count if args.demo else 1)
+    display = Display(args.count if args.demo else 1, lambda: loop.call_soon_threadsafe(interrupt, signal.SIGTERM))
     # SIGHUP: the terminal is gone. One that is ignored on purpose (nohup) stays so.
     signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
 
     def interrupt(signum: int) -> None:
+        if caught:  # Ctrl-C has ended the reader of a pipe too: that is no second signal
+            return
         caught.append(signum)
         if task:
             task.cancel()

@@ -31,7 +31,7 @@ from http.server import BaseHTTPRequestHandler
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 from urllib.parse import SplitResult, parse_qs, urljoin, urlsplit
 
 import aiohttp
@@ -426,7 +426,7 @@ class NullWorker:
                 except asyncio.TimeoutError:
                     problem = f"the health check does not answer within {HEALTH_CHECK:g} s"
                 except (aiohttp.ClientError, OSError) as error:
-                    if getattr(error, "errno", None) not in (errno.EMFILE, errno.ENFILE):  # strangers may have them
+                    if self.stage != "ready" or getattr(error, "errno", 0) != errno.EMFILE:  # strangers may have all
                         problem = f"the health check fails: {type(error).__name__}: {error}"
                 if problem and self.stage == "ready":
                     self.framework.report_error(problem)
@@ -565,14 +565,14 @@ class NullWorker:
 class OneLine(logging.Filter):
     """A record is one line of ASCII: nothing that a stranger sent can forge one. Of what they cause one a second."""
 
-    told = 0.0
+    told: ClassVar[dict[str, float]] = {}  # when, by logger: strangers' hide nobody else's
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], record.getMessage()), ()
         if record.levelno == logging.WARNING or record.name == "asyncio":  # a bad signature; no file is left to open
-            if time.monotonic() - self.told < 1:
+            if time.monotonic() - self.told.get(record.name, -1.0) < 1:
                 return False
-            record.exc_info, self.told = None, time.monotonic()
+            record.exc_info, self.told[record.name] = None, time.monotonic()
         return True
 
 

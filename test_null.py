@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import pty
@@ -49,6 +50,7 @@ with contextlib.suppress(ImportError):
 
 import null_client
 import null_local
+import null_worker
 from null_client import NotReserved, WorkerLost, keep_alive_due, poll_interval, reserve
 from null_local import LocalClient, LocalVast, LocalWorker, hold_port
 from null_worker import ROUTES as CHECKED
@@ -2621,6 +2623,21 @@ async def test_those_in_front_poll_every_second_also_while_a_crowd_arrives():
         assert len(stub.times(ROUTE)) <= 5 * 60
 
 
+@pytest.mark.parametrize("wait", [1, 60])
+async def test_those_who_have_left_take_no_time_of_those_who_come_after(wait):
+    async with stubbed() as (stub, endpoint):
+        stub.free = False
+        left = [asyncio.create_task(reserve(endpoint, wait=wait).__aenter__()) for _ in range(400)]
+        await asyncio.sleep(1)
+        if wait == 60:
+            for task in left:
+                task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        stub.free, start = True, time.monotonic()
+        async with reserve(endpoint):
+            assert time.monotonic() - start < 5  # 12 were each of them waited for
+
+
 @pytest.mark.parametrize("waiting", [1, 2, 16, 17, 50, 100, 300, 1000, 5000, 100_000])
 def test_those_in_front_poll_every_second_and_all_together_within_the_rate(waiting):
     intervals = [poll_interval(place, waiting) for place in range(waiting)]
@@ -3400,6 +3417,41 @@ async def test_a_reader_that_goes_away_ends_the_command_with_its_session_closed(
     assert command.lines[0].endswith("connecting") and command.errors == []
     for worker in list(vast.workers.values()):
         assert await release(worker) == (200, {"released": False, "reason": "no active session"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_that_ends_the_reader_of_the_output_too_closes_the_session(vast, number):
+    """`null_client.py | tee` and Ctrl-C."""
+    command = [sys.executable, "-c", Command.DRIVER.format(url=vast.url), "--hold", "inf"]
+    environment = BARE | {"PYTHONPATH": str(HERE), "VAST_API_KEY": vast.api_key, "VAST_ENDPOINT": vast.endpoint_name}
+    unread, output = os.pipe()
+    process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=output)
+    os.close(output)
+    while b"held after" not in await asyncio.to_thread(os.read, unread, 65536):
+        pass
+    process.send_signal(signal.SIGSTOP)  # so that it sees both at once
+    os.close(unread)
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    assert await process.wait() == 128 + number
+    for worker in list(vast.workers.values()):
+        assert await release(worker) == (200, {"released": False, "reason": "no active session"})
+
+
+async def test_a_worker_that_is_lost_stays_so_when_its_row_is_released_meanwhile():
+    async with stubbed() as (stub, endpoint):
+        display = null_client.Display(1, lambda: None)
+        args = SimpleNamespace(cost=100, lifetime=4, wait=10)
+        holding = asyncio.create_task(null_client.occupy("#1", endpoint, args, display))
+        held = await eventually(lambda: isinstance(display.rows["#1"], null_client.Held) and display.rows["#1"])
+        stub.fate = lambda route, _: 30 if route == END else (502, b"")
+        with pytest.raises(WorkerLost):
+            await held.session.ended()
+        await eventually(lambda: stub.times(END))  # it is told once more
+        holding.cancel()
+        await asyncio.wait({holding})
+        assert (display.rows["#1"].how, display.rows["#1"].held_at) == ("lost", held.held_at)
+        display.close()
 
 
 async def test_a_second_signal_ends_the_client_at_once(vast):
@@ -4241,6 +4293,14 @@ async def test_over_https_a_reservation_is_held_kept_handed_over_and_released():
             await on_the_wire(worker.port, sent)
         assert b"Traceback" not in worker.log.read_bytes()[logged:]
     assert statuses(vast) == ["Success"] * 2
+
+
+def test_what_strangers_cause_in_the_log_hides_nobody_elses():
+    filter_, shown = null_worker.OneLine(), []
+    for name, level in [("null_worker", 30), ("asyncio", 40), ("null_worker", 30), ("vastai", 30), ("null_worker", 40)]:
+        record = logging.LogRecord(name, level, "", 0, "a\nb", (), None)
+        shown.append(filter_.filter(record) and record.msg)
+    assert shown == ["a\\nb", "a\\nb", False, "a\\nb", "a\\nb"]
 
 
 # Vast's bootstrap
