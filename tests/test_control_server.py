@@ -1,0 +1,182 @@
+"""The control server, as the consumer beside it and whoever else reaches it ask it."""
+
+import asyncio
+import json
+import time
+
+import aiohttp
+import pytest
+
+from null_worker import Answer, control
+from tests.http import post, request
+from tests.worker import session
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected", "allow"),
+    [
+        ("GET", "/health", 200, None),
+        ("HEAD", "/health", 200, None),
+        ("GET", "/health?x=1", 200, None),
+        ("POST", "/health", 405, "GET, HEAD"),
+        ("DELETE", "/health", 405, "GET, HEAD"),
+        ("GET", "/release", 405, "POST"),
+        ("HEAD", "/release", 405, "POST"),
+        ("PUT", "/release", 405, "POST"),
+        ("OPTIONS", "/release", 405, "POST"),
+        ("BREW", "/release", 405, "POST"),
+        ("POST", "/release/", 404, None),
+        ("POST", "/", 404, None),
+        ("GET", "/session/create", 404, None),
+        ("BREW", "/tea", 404, None),
+    ],
+)
+async def test_the_control_server_answers_in_json_whatever_it_is_asked(
+    worker, method, path, expected, allow
+):
+    async with (
+        aiohttp.ClientSession() as http,
+        http.request(method, worker.control_url + path) as response,
+    ):
+        text = await response.read()
+        assert (response.status, response.headers.get("Allow")) == (expected, allow)
+        assert response.content_type == "application/json"
+        if method == "HEAD":
+            assert int(response.headers["Content-Length"]) > 0 and text == b""
+        else:
+            assert len(text) == int(response.headers["Content-Length"]) and json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1:18999", 200),
+        ("localhost", 200),
+        ("LocalHost:1", 200),
+        ("[::1]:18999", 200),
+        ("127.8.8.8", 200),
+        ("evil.example", 403),
+        ("evil.example:18999", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("10.0.0.1", 403),
+        ("[", 403),
+    ],
+)
+async def test_only_a_loopback_host_is_answered(vast, worker, host, expected):
+    session_id = await session(vast, worker)
+    assert (await request("GET", f"{worker.control_url}/health", headers={"Host": host}))[
+        0
+    ] == expected
+    status, answer = await post(f"{worker.control_url}/release", headers={"Host": host})
+    assert status == expected and answer.get("session_ids") == (
+        [session_id] if expected == 200 else None
+    )
+
+
+async def raw(worker, *parts):
+    """What the control server sends back for bytes on the wire, until it closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        writer.write_eof()
+        return await asyncio.wait_for(reader.read(), 30)
+    finally:
+        writer.close()
+
+
+async def test_garbage_on_the_control_port_is_answered_or_dropped_and_never_logged_as_a_crash(
+    worker,
+):
+    logged = worker.log.stat().st_size
+    assert b" 400 " in await raw(worker, b"garbage\r\n\r\n")
+    assert b" 400 " in await raw(worker, b"GET / HTTP/x.y\r\n\r\n")
+    assert b" 414 " in await raw(worker, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n")
+    assert b" 431 " in await raw(worker, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n")
+    assert b" 403 " in await raw(
+        worker, b"POST /release HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n"
+    )
+    assert b" 404 " in await raw(worker, b"POST http://127.0.0.1/release HTTP/1.1\r\n\r\n")
+    assert b" 200 " in await raw(worker, b"POST /release HTTP/1.0\r\n\r\n")
+    for rubbish in (b"", b"\x00\xff" * 5000, b"\x16\x03\x01\x02\x00", b"GET"):
+        await raw(worker, rubbish)
+    _, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
+    writer.write(b"POST /release HTTP/1.1\r\nContent-Length: 100\r\n\r\nhalf")
+    writer.transport.abort()
+    assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
+    assert b"Traceback" not in worker.log.read_bytes()[logged:]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_of_any_size_is_read_and_ignored(vast, worker, chunked):
+    session_id, size = await session(vast, worker), 8 << 20
+
+    async def chunks():
+        for _ in range(size >> 16):
+            yield bytes(1 << 16)
+
+    body = chunks() if chunked else bytes(size)
+    assert await post(f"{worker.control_url}/release", data=body) == (
+        200,
+        {"released": True, "session_ids": [session_id]},
+    )
+
+
+async def test_idle_connections_hold_up_nothing_and_are_dropped(worker):
+    start = time.monotonic()
+    idle = [await asyncio.open_connection("127.0.0.1", worker.control_port) for _ in range(100)]
+    assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
+    assert time.monotonic() - start < 8
+    assert (
+        await asyncio.wait_for(asyncio.gather(*(reader.read() for reader, _ in idle)), 30)
+        == [b""] * 100
+    )
+    assert time.monotonic() - start > 9
+    for _, writer in idle:
+        writer.close()
+
+
+HANDS_ON = Answer(299, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "expected"),
+    [
+        ("GET", "/health", 200),
+        ("GET", "/session", ("/session", None, 0.0)),
+        ("GET", "/session?wait=0", ("/session", None, 0.0)),
+        ("GET", "/session?wait=60", ("/session", None, 60.0)),
+        ("GET", "/session?wait=2.5", ("/session", None, 2.5)),
+        *(
+            ("GET", f"/session?wait={wait}", 400)
+            for wait in ("", "-1", "-0.1", "60.1", "61", "nan", "inf", "-inf", "x")
+        ),
+        *(
+            ("GET", f"/session?{query}", 400)
+            for query in ("wait=1&wait=1", "session_id=x", "wait=1&x=1", "Wait=1", "wait")
+        ),
+        ("POST", "/session", 405),
+        ("GET", "/renew", 405),
+        ("POST", "/renew", ("/renew", None, 0.0)),
+        ("POST", "/renew?session_id=a%20b", ("/renew", "a b", 0.0)),
+        ("POST", "/release?session_id=", ("/release", "", 0.0)),
+        ("POST", "/release?session_id=x&session_id=x", 400),
+        ("POST", "/release?wait=1", 400),
+        ("GET", "/session/", 404),
+        ("GET", "", 404),
+    ],
+)
+def test_what_a_request_to_the_control_server_asks_for(method, target, expected):
+    asked = []
+    answer = control(lambda *wanted: asked.append(wanted) or HANDS_ON, True, method, target)
+    if isinstance(expected, tuple):
+        assert (asked, answer) == ([expected], HANDS_ON)
+    else:
+        assert (asked, answer.status) == ([], expected) and answer.body
+        assert bool(answer.allow) == (expected == 405)
+    if target == "/health":
+        assert control(None, False, method, target).status == 404
