@@ -1,21 +1,26 @@
-"""A stand-in for Vast on this machine: it starts real null workers on demand, and stops the idle ones.
+"""A stand-in for Vast on this machine: it starts real null workers on demand, and stops idle ones.
 
-Real are the SDK's client, the framework, the worker processes, HTTP, the RSA signatures that the workers verify and
-the metrics that they report. Stood in for are the web API's endpoint list, the router, the key server, the report
-address, and the scaling: route to a free worker; where there is none, start one; stop one that has been idle.
+Real are the SDK's client, the framework, the worker processes with their consumers, HTTP, the RSA
+signatures that the workers verify, and the metrics that they report. Stood in for are the web
+API's endpoint list, the router, the key server, the report address, and the scaling: route to a
+free worker; where there is none, start one; stop one that has been idle.
 
     async with LocalVast(max_workers=3, inactivity_timeout=10) as vast:
         async with vast.client() as client:
             endpoint = await client.get_endpoint(vast.endpoint_name)
 
 With `tls=True` (it takes `pip install trustme`) the workers are reached over HTTPS, as on Vast.
+
+The parts, in this order: the client; one worker; the endpoint, which the others share; the
+certificates; the temporary folder; the scaling rule; the processes and their ports; the router's
+answers; and LocalVast, which puts them together.
 """
 
 import asyncio
 import base64
 import contextlib
+import fcntl
 import functools
-import itertools
 import json
 import logging
 import os
@@ -31,10 +36,10 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from Crypto.Hash import SHA256
@@ -42,24 +47,34 @@ from Crypto.PublicKey import RSA
 from Crypto.Signature import pkcs1_15
 from vastai import Serverless  # type: ignore[import-untyped]
 
-OF_THE_INSTANCE = ("UNSECURED", "USE_SSL", "BACKEND_HEALTH_URL", "BACKEND_START_TIMEOUT")  # not for a worker here
+if TYPE_CHECKING:
+    import trustme
+
 WORKER = str(Path(__file__).with_name("null_worker.py"))
 INSTANCE_CERTIFICATE = "/etc/instance.crt"  # where Vast puts it, and the framework looks for it
+ROOT_FILE = "root.crt"  # in the temporary folder, as is the next one
+INSTANCE_FILE = "instance.pem"
+
+# What a worker here doesn't get of the caller's environment: it describes some other instance.
+OF_ANOTHER_INSTANCE = ("UNSECURED", "USE_SSL", "BACKEND_HEALTH_URL", "BACKEND_START_TIMEOUT")
+
 TICK = 0.1  # seconds between two looks at the processes
-ATTENTIVE = 10.0  # seconds without a poll, after which a place is kept still, but holds up no free worker
+ATTENTIVE = 10.0  # seconds without a poll, after which a place is kept, but holds up no free worker
 PROMISE = 5.0  # seconds in which a routed request has to show up on its worker
 STOP_GRACE = 9.0  # seconds from SIGTERM to SIGKILL; the worker's drain takes 8 at most
 GIVE_UP = 3  # workers in a row that ended before they were ready
-PREFIX = "null-local-"  # of the folder in the temporary directory, followed by the process's id
+PREFIX = "null-vast-"  # of the folder in the temporary directory
 
 log = logging.getLogger("null_local")
-
 
 _signing_key = functools.cache(RSA.generate)  # one for all in this process: it takes a moment
 
 
 class LocalClient(Serverless):  # type: ignore[misc]  # the SDK has no types
-    """The SDK's client, which trusts `authority` (a file) in place of the root certificate that it would download."""
+    """The SDK's client, which trusts the root certificate in the file `authority`.
+
+    The SDK's own would download Vast's.
+    """
 
     def __init__(self, *arguments: Any, authority: str | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -84,7 +99,7 @@ class LocalWorker:
     process: asyncio.subprocess.Process | None = None
     report: dict[str, Any] = field(default_factory=dict)
     routed: int = 0  # requests that were sent here
-    promised_to: int | None = None  # the request index that was last routed here and has not been seen yet
+    promised_to: int | None = None  # the index of the request last routed here and not seen yet
     promised_until: float = 0.0
     was_ready: bool = False
     stopping: bool = False
@@ -109,354 +124,254 @@ class LocalWorker:
             return "DESTROYING"
         if self.report.get("error_msg"):
             return "ERROR"
-        return "IDLE" if self.report.get("max_perf") else "MODEL_LOADING"
+        if self.report.get("max_perf"):
+            return "IDLE"
+        return "MODEL_LOADING"
 
     @property
     def free(self) -> bool:
-        promised = self.promised_to is not None and time.monotonic() < self.promised_until
-        return self.state == "IDLE" and not self.report["cur_load"] and not promised
+        """Whether a request that is routed here would find it without a reservation."""
+        if self.state != "IDLE" or self.report["cur_load"]:
+            return False
+        return self.promised_to is None or time.monotonic() >= self.promised_until
 
     @property
     def log(self) -> Path:
         """What the process writes to standard output and error."""
         return Path(self.folder, "log")
 
+    def last_line(self) -> str:
+        """The last line of its log."""
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()
+        except OSError:  # somebody has cleaned up the temporary directory
+            lines = []
+        if not lines:
+            return "no output"
+        return lines[-1]
 
-class LocalVast:
-    """Vast Serverless with one endpoint, on the loopback interface, for as long as the `async with` block lasts.
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it has a process that can take one."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
 
-    `environment` is added to every worker's. The attributes below it make it misbehave, for tests.
+
+class LocalEndpoint:
+    """The one endpoint: its limits, keys and workers, and who waits for one.
+
+    The parts below share it. Tests read the record, change the keys, and switch on the faults.
     """
 
     endpoint_name = "local"
 
     def __init__(
         self,
-        max_workers: int = 3,
-        inactivity_timeout: float = 10.0,
-        environment: dict[str, str] | None = None,
-        control_port: int | None = 18999,
-        on_event: Callable[[str], object] = log.info,
-        tls: bool = False,
+        max_workers: int,
+        inactivity_timeout: float,
+        on_event: Callable[[str], object],
     ) -> None:
-        """`inactivity_timeout` is in seconds. The first worker gets `control_port` where it is free, the others, and
-        with None it too, one from the system. `on_event` is told in one line what happens to the workers."""
-        self.max_workers, self.inactivity_timeout, self.tls = max_workers, inactivity_timeout, tls
-        self.environment, self.control_port, self.on_event = environment or {}, control_port, on_event
+        self.max_workers = max_workers
+        self.inactivity_timeout = inactivity_timeout
+        self.on_event = on_event
+
+        self.api_key = secrets.token_hex(16)  # the account's, for the web API
+        self.endpoint_key = secrets.token_hex(16)  # the endpoint's own, for the router
+        self.master_token = secrets.token_hex(16)  # by which workers' reports are known
+        self.signing_key = _signing_key(2048)
+
+        self.workers: dict[int, LocalWorker] = {}
+        self.waiting: dict[int, float] = {}  # request index to when its place is lost, in order
+        self.polled_at: dict[int, float] = {}  # request index to when it was last asked for
+        self.failed_starts: list[str] = []  # why, of each since a worker was last ready
+
+        # The record
+        self.reports: list[dict[str, Any]] = []  # each worker_status, with "received" (monotonic)
+        self.ended: list[dict[str, Any]] = []  # each request that a worker said has ended
+        self.polls = 0
+        self.started = 0
+        self.last_request = 0
+
+        # The faults
         self.start_delay = 0.0  # seconds before a worker's process starts
         self.failing_polls: list[int] = []  # statuses with which the next polls are answered
         self.forgetful = False  # waiting answers lack the request_idx, as some of Vast's do
         self.report_delay = 0.0  # seconds until a worker's report is acknowledged
-        self.overbooked = False  # route to occupied workers, as Vast does with a long max_queue_time
+        self.overbooked = False  # route to occupied workers, as Vast with a long max_queue_time
         self.publish_key = True  # False: the key server answers 404
-        self.workers: dict[int, LocalWorker] = {}
-        self._polled: dict[int, float] = {}  # request index to when
-        self.waiting: dict[int, float] = {}  # request index to when its place is forgotten, first come first
-        self.reports: list[dict[str, Any]] = []  # each worker_status, and when it was received (time.monotonic())
-        self.ended: list[dict[str, Any]] = []  # each request that a worker said has ended
-        self.polls = self.started = self.last_request = self._failures = 0
-        self.api_key, self._master_token = secrets.token_hex(16), secrets.token_hex(16)
-        self._key = _signing_key(2048)
-        self._starting: set[asyncio.Task[None]] = set()
-        self._leaving: asyncio.Event | None = None  # None: not entered
 
-    async def __aenter__(self) -> "LocalVast":  # noqa: PYI034  typing.Self came with Python 3.11
-        _sweep_folders()
-        self._folder = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", ignore_cleanup_errors=True)
-        self.folder = self._folder.name
-        if self.tls:
-            self._issue_certificates()
-        self._runner, self._port = await self._serve(0)
-        self._leaving = asyncio.Event()
-        self._scaling = asyncio.create_task(self._scale())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Carried through: a cancellation meanwhile takes effect after that."""
-        leaving, cancelled = asyncio.create_task(self._leave()), None
-        while not leaving.done():
-            try:
-                await asyncio.wait({leaving})
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
-        leaving.result()
-
-    async def _leave(self) -> None:
-        self._need_entered().set()
-        self._scaling.cancel()
+    def tell(self, text: str) -> None:
+        """Tell `on_event`. One that raises is not to end the scaling."""
         try:
-            await asyncio.wait([*self._starting, self._scaling])
-            for process in self._processes():
-                _signal(process, signal.SIGTERM)
-            if processes := self._processes():
-                await asyncio.wait([asyncio.create_task(process.wait()) for process in processes], timeout=STOP_GRACE)
-        finally:
-            for process in self._processes():
-                _signal(process, signal.SIGKILL)
-            await asyncio.gather(*(process.wait() for process in self._processes()))
-            _close(held for worker in self.workers.values() for held in worker.held)
-            await self._runner.cleanup()
-            self._folder.cleanup()
-            self._leaving = None
-
-    def _processes(self) -> list[asyncio.subprocess.Process]:
-        return [worker.process for worker in self.workers.values() if worker.process is not None]
-
-    def _issue_certificates(self) -> None:
-        try:
-            import trustme
-        except ImportError:
-            raise RuntimeError("LocalVast(tls=True) needs the package trustme: pip install trustme") from None
-        authority = trustme.CA()
-        authority.cert_pem.write_to_path(self.authority)
-        authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(self.certificate)
-
-    @property
-    def authority(self) -> str:
-        """The file of the root certificate that the workers' own are issued by, for `curl --cacert`."""
-        return os.path.join(self.folder, "root.crt")
-
-    @property
-    def certificate(self) -> str:
-        return os.path.join(self.folder, "instance.pem")
-
-    def _need_entered(self) -> asyncio.Event:
-        if self._leaving is None:
-            raise RuntimeError("LocalVast lives in its block: async with LocalVast() as vast")
-        return self._leaving
-
-    @property
-    def url(self) -> str:
-        self._need_entered()
-        return f"http://127.0.0.1:{self._port}"
-
-    def client(self, **options: Any) -> Serverless:
-        """A client of the SDK that talks to this Vast only; the options are its own."""
-        options = {"api_key": self.api_key, "autoscaler_url": self.url, "webserver_url": self.url, **options}
-        return LocalClient(authority=self.authority if self.tls else None, **options)
+            self.on_event(text)
+        except Exception:
+            log.exception("on_event raised")
 
     def sign(self, url: str) -> str:
         """The router's signature over a worker's URL."""
-        message = json.dumps({"url": url}, indent=4, sort_keys=True)  # as the framework's __check_signature does
-        return base64.b64encode(pkcs1_15.new(self._key).sign(SHA256.new(message.encode()))).decode()
+        # exactly as the framework's __check_signature puts it together
+        message = json.dumps({"url": url}, indent=4, sort_keys=True)
+        signature = pkcs1_15.new(self.signing_key).sign(SHA256.new(message.encode()))
+        return base64.b64encode(signature).decode()
 
-    def auth_data(self, worker: LocalWorker, cost: float = 100, request_idx: int | None = None) -> dict[str, Any]:
+    def next_request(self) -> int:
+        """A request index that nobody had."""
+        self.last_request += 1
+        return self.last_request
+
+    def auth_data(
+        self, worker: LocalWorker, cost: float = 100, request_idx: int | None = None
+    ) -> dict[str, Any]:
         """The router's answer that sends a request to `worker`."""
         if request_idx is None:
-            self.last_request = request_idx = self.last_request + 1
+            request_idx = self.next_request()
         worker.routed += 1
-        answer = {"__request_id": str(uuid.uuid4()), "cost": cost, "endpoint": self.endpoint_name}
-        answer |= {"reqnum": worker.routed, "request_idx": request_idx}
-        return {**answer, "signature": self.sign(worker.url), "url": worker.url}
-
-    def start_worker(self, environment: dict[str, str] | None = None, script: str = WORKER) -> LocalWorker:
-        """Start one more worker process, whatever the load. It is ready when its `state` is IDLE."""
-        self._need_entered()
-        held = [hold_port() for _ in range(3)]
-        port, http_port, control_port = (each.getsockname()[1] for each in held)
-        if self.control_port and not any(self.control_port in worker.ports for worker in self.workers.values()):
-            with contextlib.suppress(OSError):
-                held.append(hold_port(self.control_port))
-                control_port = self.control_port
-        if sys.platform != "linux":  # where a server can't listen beside these
-            _close(held)
-        self.started += 1
-        folder = os.path.join(self.folder, str(self.started))
-        os.mkdir(folder)
-        scheme = "https" if self.tls else "http"
-        worker = LocalWorker(self.started, port, http_port, control_port, folder, scheme, held)
-        self.workers[worker.number] = worker
-        starting = asyncio.create_task(self._start(worker, environment or {}, script))
-        self._starting.add(starting)
-        starting.add_done_callback(self._starting.discard)
-        return worker
-
-    async def _start(self, worker: LocalWorker, environment: dict[str, str], script: str) -> None:
-        environment = {
-            **{name: value for name, value in os.environ.items() if name not in OF_THE_INSTANCE},
-            "CONTAINER_ID": str(worker.number),
-            "REPORT_ADDR": self.url,
-            "MASTER_TOKEN": self._master_token,
-            "PUBLIC_IPADDR": "127.0.0.1",
-            "WORKER_PORT": str(worker.port),
-            f"VAST_TCP_PORT_{worker.port}": str(worker.port),
-            "WORKER_HTTP_PORT": str(worker.http_port),
-            "NULL_CONTROL_PORT": str(worker.control_port),
-            **({"USE_SSL": "true"} if self.tls else {}),
-            **self.environment,
-            **environment,
+        return {
+            "__request_id": str(uuid.uuid4()),
+            "cost": cost,
+            "endpoint": self.endpoint_name,
+            "reqnum": worker.routed,
+            "request_idx": request_idx,
+            "signature": self.sign(worker.url),
+            "url": worker.url,
         }
-        leaving = self._need_entered()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(leaving.wait(), self.start_delay)
-        if leaving.is_set():
-            return
-        output = os.open(worker.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        program = (sys.executable, os.path.abspath(__file__), str(os.getpid()), script, self.certificate)
+
+
+class Certificates:
+    """An authority of its own, and the certificate that it issues to all workers of one folder."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises RuntimeError without the package trustme."""
+        self.authority = os.path.join(folder, ROOT_FILE)
+        self.instance = os.path.join(folder, INSTANCE_FILE)
+        self._root, self._issued = self._issue()
+
+    @staticmethod
+    def _issue() -> "tuple[trustme.CA, trustme.LeafCert]":
         try:
-            worker.process = await asyncio.create_subprocess_exec(
-                *program,
-                cwd=worker.folder,  # the framework keeps a file in the working directory
-                env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # a terminal's Ctrl-C is for the client alone
-            )
-            self.on_event(f"worker {worker.number} on {worker.url}, control {worker.control_url}")
-        except OSError as error:
-            self._gone(worker, f"can't be started: {error}")
-        finally:
-            os.close(output)
+            import trustme
+        except ImportError:
+            raise RuntimeError(
+                "LocalVast(tls=True) needs the package trustme: pip install trustme"
+            ) from None
+        root = trustme.CA()
+        return root, root.issue_cert("127.0.0.1")
 
-    def _gone(self, worker: LocalWorker, why: str) -> None:
-        del self.workers[worker.number]
-        _close(worker.held)
-        self._failures = 0 if worker.was_ready else self._failures + 1
-        self.on_event(f"worker {worker.number} {why}")
-
-    async def _serve(self, port: int) -> tuple[web.AppRunner, int]:
-        app = web.Application()
-        app.add_routes(
-            [
-                web.get("/api/v0/endptjobs/", self._endpoints),
-                web.get("/api/v0/endptjobs/1/", self._endpoints),
-                web.post("/route/", self._route),
-                web.post("/get_endpoint_workers/", self._list_workers),
-                web.get("/pubkey/", self._public_key),
-                web.post("/worker_status/", self._worker_status),
-                web.post("/delete_requests/", self._delete_requests),
-            ]
-        )
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        return runner, runner.addresses[0][1]
-
-    async def _endpoints(self, request: web.Request) -> web.Response:
-        if request.query.get("api_key") != self.api_key:
-            return web.json_response({"error": "invalid API key"}, status=401)
-        endpoint = {"id": 1, "endpoint_name": self.endpoint_name, "api_key": self.api_key, "user_id": 1}
-        endpoint |= {"created_at": 0.0, "auto_delete_in_seconds": None}
-        return web.json_response({"success": True, "results": [endpoint], "result": endpoint})  # the list, or the one
-
-    async def _list_workers(self, _request: web.Request) -> web.Response:
-        return web.json_response(
-            [
-                {
-                    "id": worker.number,
-                    "status": worker.state,
-                    "cur_load": worker.report.get("cur_load", 0.0),
-                    "new_load": worker.report.get("new_load", 0.0),
-                    "perf": worker.report.get("max_perf", 0.0),
-                    "reqs_working": worker.report.get("num_requests_working", 0),
-                    "started_at": worker.started_at,
-                }
-                for worker in self.workers.values()
-            ]
-        )
-
-    async def _public_key(self, _request: web.Request) -> web.Response:
-        if not self.publish_key:
-            raise web.HTTPNotFound
-        return web.Response(text=self._key.public_key().export_key().decode())
-
-    async def _route(self, request: web.Request) -> web.Response:
-        self.polls += 1
-        if self.failing_polls:
-            return web.json_response(["out of order"], status=self.failing_polls.pop(0))
-        query = await request.json()
-        if query["api_key"] != self.api_key:
-            return web.json_response({"error": "invalid API key"}, status=401)
-        if query["endpoint"] != self.endpoint_name:
-            return web.json_response({"error": f"no endpoint {query['endpoint']!r}"}, status=404)
-        if self._failures >= GIVE_UP:
-            return web.json_response({"error": f"{GIVE_UP} workers in a row failed to start"}, status=409)
-        now, request_idx = time.monotonic(), query.get("request_idx")
-        if not request_idx:
-            self.last_request = request_idx = self.last_request + 1
-        self.waiting[request_idx] = now + query.get("replay_timeout", 60.0)
-        for other, forgotten_at in list(self.waiting.items()):
-            if now > forgotten_at:
-                del self.waiting[other]
-        ready = [worker for worker in self.workers.values() if worker.state == "IDLE"]
-        free = [worker for worker in ready if worker.free]
-        self._polled[request_idx] = now
-        before = itertools.takewhile(lambda other: other != request_idx, self.waiting)
-        place = sum(now - self._polled[other] < ATTENTIVE for other in before)
-        if place < len(free) or (self.overbooked and ready):
-            worker = (free or ready)[0]
-            worker.promised_to, worker.promised_until = request_idx, now + PROMISE
-            del self.waiting[request_idx]
-            return web.json_response(self.auth_data(worker, query["cost"], request_idx))
-        coming = sum(worker.state == "MODEL_LOADING" for worker in self.workers.values())
-        if place >= len(free) + coming and len(self.workers) < self.max_workers:
-            self.start_worker()
-        states = Counter(worker.state for worker in self.workers.values())
-        answer = {"endpoint": self.endpoint_name, "status": ", ".join(f"{n} {state}" for state, n in states.items())}
-        return web.json_response(answer if self.forgetful else {**answer, "request_idx": request_idx})
-
-    async def _worker_status(self, request: web.Request) -> web.Response:
-        report = await request.json()
-        worker = self.workers.get(report["id"])
-        if worker is None or report["mtoken"] != self._master_token:
-            return web.json_response({"error": "unknown worker"}, status=403)
-        self.reports.append({**report, "received": time.monotonic()})
-        if not worker.was_ready and report["max_perf"] and not report["error_msg"]:
-            worker.was_ready, self._failures = True, 0
-            self.on_event(f"worker {worker.number} ready")
-        if report["error_msg"] and not worker.report.get("error_msg"):
-            self.on_event(f"worker {worker.number} reported an error: {report['error_msg']}")
-        worker.report = report
-        await asyncio.sleep(self.report_delay)
-        if worker.promised_to in report["working_request_idxs"]:
-            worker.promised_to = None
-        return web.json_response({})
-
-    async def _delete_requests(self, request: web.Request) -> web.Response:
-        message = await request.json()
-        worker = self.workers.get(message["worker_id"])
-        if worker is None or message["mtoken"] != self._master_token:
-            return web.json_response({"error": "unknown worker"}, status=403)
-        for ended in message["requests"]:
-            self.ended.append({"worker_id": worker.number, **ended})
-            if ended["request_idx"] == worker.promised_to:
-                worker.promised_to = None
-        return web.json_response({})
-
-    async def _scale(self) -> None:
-        while True:
-            await asyncio.sleep(TICK)
-            for worker in list(self.workers.values()):
-                if worker.process is None:
-                    continue
-                if not worker.free:
-                    worker.idle_since = time.monotonic()
-                idle = worker.free and time.monotonic() - worker.idle_since > self.inactivity_timeout
-                if (status := worker.process.returncode) is not None:
-                    self._gone(worker, f"ended, status {status}: {_last_line(worker.log)}")
-                elif (idle or worker.state == "ERROR") and not worker.stopping:
-                    self.on_event(f"worker {worker.number} stopping: {'idle' if idle else 'it reported an error'}")
-                    worker.stopping = True
-                    _signal(worker.process, signal.SIGTERM)
+    def write(self) -> None:
+        """Write both to their files."""
+        self._root.cert_pem.write_to_path(self.authority)
+        self._issued.private_key_and_cert_chain_pem.write_to_path(self.instance)
 
 
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(number)
+class Folder:
+    """A folder in the temporary directory that is locked while it lives.
+
+    The lock tells others that it is in use. The number of a process would not: that of one in
+    another container with the same temporary directory looks dead.
+    """
+
+    def __init__(self) -> None:
+        self.path = ""
+        self._locked: int | None = None  # the folder's descriptor
+
+    def __enter__(self) -> "Folder":
+        self._sweep()
+        while self._locked is None:
+            self.path = tempfile.mkdtemp(prefix=PREFIX)
+            self._lock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def keep(self) -> bool:
+        """Make it anew where somebody has removed it; whether that was needed. Raises OSError."""
+        if os.path.isdir(self.path):
+            return False
+        self._unlock()
+        while self._locked is None:
+            os.mkdir(self.path, 0o700)
+            self._lock()
+        return True
+
+    def _lock(self) -> None:
+        """Lock it, unless another has just found it without a lock, and swept it."""
+        try:
+            self._locked = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return
+        fcntl.flock(self._locked, fcntl.LOCK_EX)
+        if not os.path.isdir(self.path):
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
+
+    @staticmethod
+    def _sweep() -> None:
+        """Remove those whose process was killed."""
+        for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            with contextlib.suppress(OSError):  # not ours to open, or in use
+                left = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    os.close(left)
 
 
-def _last_line(path: Path) -> str:
-    return (path.read_text(errors="replace").splitlines() or ["no output"])[-1]
+def place_of(request_idx: int, waiting: Iterable[int], polled_at: Mapping[int, float]) -> int:
+    """How many come before this request; only those that were asked for lately count."""
+    now = time.monotonic()
+    place = 0
+    for other in waiting:
+        if other == request_idx:
+            break
+        if now - polled_at[other] < ATTENTIVE:
+            place += 1
+    return place
+
+
+def worker_for(
+    place: int, workers: Iterable[LocalWorker], overbooked: bool = False
+) -> LocalWorker | None:
+    """The worker for a request with so many before it, or None: it has to wait."""
+    ready = [worker for worker in workers if worker.state == "IDLE"]
+    free = [worker for worker in ready if worker.free]
+    if place < len(free):
+        return free[0]
+    if overbooked and ready:
+        return (free or ready)[0]
+    return None
+
+
+def another_is_needed(place: int, workers: Iterable[LocalWorker], max_workers: int) -> bool:
+    """Whether a request with so many before it calls for one worker more."""
+    workers = list(workers)
+    free = sum(worker.free for worker in workers)
+    loading = sum(worker.state == "MODEL_LOADING" for worker in workers)
+    return place >= free + loading and len(workers) < max_workers
+
+
+def why_to_stop(worker: LocalWorker, inactivity_timeout: float) -> str | None:
+    """Why a worker is to be stopped now, or None: it stays."""
+    if worker.stopping:
+        return None
+    if worker.state == "ERROR":
+        return "it reported an error"
+    if worker.free and time.monotonic() - worker.idle_since > inactivity_timeout:
+        return "idle"
+    return None
 
 
 def hold_port(port: int = 0) -> socket.socket:
-    """A socket on a port of the loopback interface, one from the system if it isn't named. Raises OSError.
+    """A socket on a port of the loopback interface, one from the system if it isn't named.
 
-    While it is open the system gives the port to nobody, and whoever connects to it is refused. On Linux a server may
-    listen on it all the same.
+    While it is open the system gives the port to nobody, and whoever connects to it is refused.
+    On Linux a server may listen on it all the same. Raises OSError.
     """
     held = socket.socket()
     try:
@@ -468,48 +383,533 @@ def hold_port(port: int = 0) -> socket.socket:
     return held
 
 
-def _close(sockets: Iterable[socket.socket]) -> None:
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    """Close each of them."""
     for each in sockets:
         each.close()
 
 
-def _sweep_folders() -> None:
-    """Remove the folders of LocalVasts whose process was killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
-        with contextlib.suppress(ValueError, OverflowError, PermissionError):
-            try:
-                os.kill(int(folder.name.removeprefix(PREFIX).partition("-")[0]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(folder, ignore_errors=True)
+def hold_alone(port: int) -> list[socket.socket]:
+    """Sockets that hold this port for one LocalVast of the machine. Raises OSError.
+
+    One alone doesn't on Linux: two may hold a port, as long as nobody listens on it.
+    """
+    held = [hold_port(port)]
+    if sys.platform == "linux":
+        claim = socket.socket(socket.AF_UNIX)
+        held.append(claim)
+        try:
+            claim.bind(f"\0null_local port {port}")  # in the abstract: it leaves no file
+        except OSError:
+            close_all(held)
+            raise
+    return held
 
 
-def run_tied_to_parent(parent: int, script: str, certificate: str) -> None:
-    """Run a script as the main program, in this process, and kill the process once its parent has gone.
+class Instances:
+    """The worker processes of one endpoint, in one folder."""
 
-    `certificate` is a file that stands in for the one that Vast puts on every instance.
+    def __init__(
+        self,
+        endpoint: LocalEndpoint,
+        folder: Folder,
+        certificates: Certificates | None,
+        report_address: str,
+        environment: dict[str, str],
+        control_port: int | None,
+    ) -> None:
+        self._endpoint = endpoint
+        self._folder = folder
+        self._certificates = certificates
+        self._report_address = report_address
+        self._environment = environment
+        self._control_port = control_port
+        self._starting: set[asyncio.Task[None]] = set()
+        self._leaving = asyncio.Event()
+
+    def start(self, environment: dict[str, str], script: str) -> LocalWorker:
+        """Start one, with this environment besides; its process may come later, or never."""
+        endpoint = self._endpoint
+        held, ports = self._hold_ports()
+        endpoint.started += 1
+        worker = LocalWorker(
+            number=endpoint.started,
+            port=ports[0],
+            http_port=ports[1],
+            control_port=ports[2],
+            folder=os.path.join(self._folder.path, str(endpoint.started)),
+            scheme="http" if self._certificates is None else "https",
+            held=held,
+        )
+        endpoint.workers[worker.number] = worker
+        starting = asyncio.create_task(self._start(worker, environment, script))
+        self._starting.add(starting)
+        starting.add_done_callback(self._starting.discard)
+        return worker
+
+    def _hold_ports(self) -> tuple[list[socket.socket], list[int]]:
+        """Sockets that hold three ports, and these: the worker's, the HTTP-only, the control."""
+        held = [hold_port() for _ in range(3)]
+        ports = [each.getsockname()[1] for each in held]
+        taken = {port for worker in self._endpoint.workers.values() for port in worker.ports}
+        if self._control_port and self._control_port not in taken:
+            with contextlib.suppress(OSError):
+                held += hold_alone(self._control_port)
+                ports[2] = self._control_port
+        if sys.platform != "linux":  # where a server can't listen beside these
+            close_all(held)
+        return held, ports
+
+    async def _start(self, worker: LocalWorker, environment: dict[str, str], script: str) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._leaving.wait(), self._endpoint.start_delay)
+        if self._leaving.is_set():
+            return
+        try:
+            worker.process = await self._run(worker, environment, script)
+        except OSError as error:
+            self._forget(worker, f"can't be started: {error}")
+            return
+        self._endpoint.tell(f"worker {worker.number} on {worker.url}, control {worker.control_url}")
+
+    async def _run(
+        self, worker: LocalWorker, environment: dict[str, str], script: str
+    ) -> asyncio.subprocess.Process:
+        """Its process. Raises OSError."""
+        self.keep_folder()
+        os.makedirs(worker.folder, exist_ok=True)
+        certificate = os.path.join(self._folder.path, INSTANCE_FILE)
+        program = (sys.executable, os.path.abspath(__file__), str(os.getpid()), script, certificate)
+        output = os.open(worker.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            return await asyncio.create_subprocess_exec(
+                *program,
+                cwd=worker.folder,  # the framework keeps a file in the working directory
+                env=self._environment_of(worker, environment),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # a terminal's Ctrl-C is for the client alone
+            )
+        finally:
+            os.close(output)
+
+    def _environment_of(self, worker: LocalWorker, besides: dict[str, str]) -> dict[str, str]:
+        """What Vast would set on an instance, on top of the caller's own environment."""
+        environment = {
+            name: value for name, value in os.environ.items() if name not in OF_ANOTHER_INSTANCE
+        }
+        environment |= {
+            "CONTAINER_ID": str(worker.number),
+            "REPORT_ADDR": self._report_address,
+            "MASTER_TOKEN": self._endpoint.master_token,
+            "PUBLIC_IPADDR": "127.0.0.1",
+            "WORKER_PORT": str(worker.port),
+            f"VAST_TCP_PORT_{worker.port}": str(worker.port),
+            "WORKER_HTTP_PORT": str(worker.http_port),
+            "NULL_CONTROL_PORT": str(worker.control_port),
+        }
+        if self._certificates:
+            environment["USE_SSL"] = "true"
+        return environment | self._environment | besides
+
+    def keep_folder(self) -> None:
+        """Make the folder anew if somebody has removed it: later starts need it."""
+        if self._folder.keep() and self._certificates:
+            self._certificates.write()
+
+    def bury(self, worker: LocalWorker) -> bool:
+        """Whether its process has ended; the worker is then forgotten, and that is told."""
+        if worker.process is None or worker.process.returncode is None:
+            return False
+        status = worker.process.returncode
+        if status == 0:
+            self._forget(worker, "ended, status 0")
+        else:
+            self._forget(worker, f"ended, status {status}: {worker.last_line()}")
+        return True
+
+    def _forget(self, worker: LocalWorker, why: str) -> None:
+        del self._endpoint.workers[worker.number]
+        close_all(worker.held)
+        if not worker.was_ready:
+            self._endpoint.failed_starts.append(why)
+        self._endpoint.tell(f"worker {worker.number} {why}")
+
+    async def stop(self) -> None:
+        """End all: by SIGTERM, and after `STOP_GRACE` by SIGKILL."""
+        self._leaving.set()
+        workers = self._endpoint.workers.values()
+        try:
+            if self._starting:
+                await asyncio.wait(self._starting)
+            for worker in workers:
+                worker.send_signal(signal.SIGTERM)
+            await self._wait_for_all(STOP_GRACE)
+        finally:
+            for worker in workers:
+                worker.send_signal(signal.SIGKILL)
+            await self._wait_for_all(None)
+            close_all(held for worker in workers for held in worker.held)
+
+    async def _wait_for_all(self, timeout: float | None) -> None:
+        ends = [
+            asyncio.ensure_future(worker.process.wait())
+            for worker in self._endpoint.workers.values()
+            if worker.process is not None
+        ]
+        if ends:
+            await asyncio.wait(ends, timeout=timeout)
+
+
+class Router:
+    """What Vast's servers answer, to clients and to workers, all at one address."""
+
+    def __init__(self, endpoint: LocalEndpoint, start_worker: Callable[[], object]) -> None:
+        self._endpoint = endpoint
+        self._start_worker = start_worker
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/api/v0/endptjobs/", self.endpoints),
+            web.get("/api/v0/endptjobs/1/", self.endpoints),
+            web.post("/route/", self.route),
+            web.post("/get_endpoint_workers/", self.list_workers),
+            web.get("/pubkey/", self.public_key),
+            web.post("/worker_status/", self.worker_status),
+            web.post("/delete_requests/", self.delete_requests),
+        ]
+
+    # To clients
+
+    async def endpoints(self, request: web.Request) -> web.Response:
+        """The web API: the list of endpoints, and the one by its id."""
+        if key_of(request, request.query) != self._endpoint.api_key:
+            return refusal(401, "invalid API key")
+        endpoint = {
+            "id": 1,
+            "endpoint_name": self._endpoint.endpoint_name,
+            "api_key": self._endpoint.endpoint_key,
+            "user_id": 1,
+            "created_at": 0.0,
+            "auto_delete_in_seconds": None,
+        }
+        return web.json_response({"success": True, "results": [endpoint], "result": endpoint})
+
+    async def list_workers(self, request: web.Request) -> web.Response:
+        """The endpoint's workers."""
+        keys = (self._endpoint.api_key, self._endpoint.endpoint_key)
+        if key_of(request, await request.json()) not in keys:
+            return refusal(401, "invalid API key")
+        return web.json_response(
+            [
+                {
+                    "id": worker.number,
+                    "status": worker.state,
+                    "cur_load": worker.report.get("cur_load", 0.0),
+                    "new_load": worker.report.get("new_load", 0.0),
+                    "perf": worker.report.get("max_perf", 0.0),
+                    "reqs_working": worker.report.get("num_requests_working", 0),
+                    "started_at": worker.started_at,
+                }
+                for worker in self._endpoint.workers.values()
+            ]
+        )
+
+    async def route(self, request: web.Request) -> web.Response:
+        """One poll for a worker: the worker, or to wait."""
+        endpoint = self._endpoint
+        endpoint.polls += 1
+        if endpoint.failing_polls:
+            return web.json_response(["out of order"], status=endpoint.failing_polls.pop(0))
+        query = await request.json()
+        if key_of(request, query) != endpoint.endpoint_key:
+            return refusal(401, "invalid API key")
+        if query["endpoint"] != endpoint.endpoint_name:
+            return refusal(404, f"no endpoint {query['endpoint']!r}")
+        if len(endpoint.failed_starts) >= GIVE_UP:
+            why = endpoint.failed_starts[-1]
+            return refusal(409, f"{GIVE_UP} workers in a row failed to start; the last one {why}")
+
+        request_idx = query.get("request_idx") or endpoint.next_request()
+        self._keep_place(request_idx, query.get("replay_timeout", 60.0))
+        place = place_of(request_idx, endpoint.waiting, endpoint.polled_at)
+        worker = worker_for(place, endpoint.workers.values(), endpoint.overbooked)
+        if worker is not None:
+            worker.promised_to = request_idx
+            worker.promised_until = time.monotonic() + PROMISE
+            self._give_up_place(request_idx)
+            return web.json_response(endpoint.auth_data(worker, query["cost"], request_idx))
+        if another_is_needed(place, endpoint.workers.values(), endpoint.max_workers):
+            self._start_worker()
+        return self._waiting_answer(request_idx)
+
+    def _keep_place(self, request_idx: int, replay_timeout: float) -> None:
+        """Keep this one's place from now on, and drop those that were not kept."""
+        now = time.monotonic()
+        self._endpoint.waiting[request_idx] = now + replay_timeout
+        self._endpoint.polled_at[request_idx] = now
+        for other, lost_at in list(self._endpoint.waiting.items()):
+            if now > lost_at:
+                self._give_up_place(other)
+
+    def _give_up_place(self, request_idx: int) -> None:
+        del self._endpoint.waiting[request_idx]
+        del self._endpoint.polled_at[request_idx]
+
+    def _waiting_answer(self, request_idx: int) -> web.Response:
+        states = Counter(worker.state for worker in self._endpoint.workers.values())
+        answer: dict[str, Any] = {
+            "endpoint": self._endpoint.endpoint_name,
+            "status": ", ".join(f"{number} {state}" for state, number in states.items()),
+        }
+        if not self._endpoint.forgetful:
+            answer["request_idx"] = request_idx
+        return web.json_response(answer)
+
+    # To workers
+
+    async def public_key(self, _request: web.Request) -> web.Response:
+        """The key server: by what the workers verify the router's signature."""
+        if not self._endpoint.publish_key:
+            raise web.HTTPNotFound
+        return web.Response(text=self._endpoint.signing_key.public_key().export_key().decode())
+
+    async def worker_status(self, request: web.Request) -> web.Response:
+        """A worker's report."""
+        endpoint = self._endpoint
+        report = await request.json()
+        worker = endpoint.workers.get(report["id"])
+        if worker is None or report["mtoken"] != endpoint.master_token:
+            return refusal(403, "unknown worker")
+        endpoint.reports.append({**report, "received": time.monotonic()})
+        if not worker.was_ready and report["max_perf"] and not report["error_msg"]:
+            worker.was_ready = True
+            endpoint.failed_starts.clear()
+            endpoint.tell(f"worker {worker.number} ready")
+        if report["error_msg"] and not worker.report.get("error_msg"):
+            endpoint.tell(f"worker {worker.number} reported an error: {report['error_msg']}")
+        worker.report = report
+        await asyncio.sleep(endpoint.report_delay)
+        if worker.promised_to in report["working_request_idxs"]:
+            worker.promised_to = None
+        return web.json_response({})
+
+    async def delete_requests(self, request: web.Request) -> web.Response:
+        """A worker says which requests have ended, and how."""
+        message = await request.json()
+        worker = self._endpoint.workers.get(message["worker_id"])
+        if worker is None or message["mtoken"] != self._endpoint.master_token:
+            return refusal(403, "unknown worker")
+        for ended in message["requests"]:
+            self._endpoint.ended.append({"worker_id": worker.number, **ended})
+            if ended["request_idx"] == worker.promised_to:
+                worker.promised_to = None
+        return web.json_response({})
+
+
+def key_of(request: web.Request, named: Mapping[str, Any]) -> object:
+    """The API key of a request: where it is named, or else the one in its Bearer header."""
+    if "api_key" in named:
+        return named["api_key"]
+    return request.headers.get("Authorization", "").removeprefix("Bearer ")
+
+
+def refusal(status: int, error: str) -> web.Response:
+    """An answer that says what is wrong."""
+    return web.json_response({"error": error}, status=status)
+
+
+async def carry_through(work: Coroutine[Any, Any, None]) -> None:
+    """Await it to its end; a cancellation meanwhile takes effect after that."""
+    task = asyncio.ensure_future(work)
+    cancelled = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
+
+
+@contextlib.asynccontextmanager
+async def served(routes: list[web.RouteDef]) -> AsyncIterator[str]:
+    """Serve them on the loopback interface; gives the origin."""
+    app = web.Application()
+    app.add_routes(routes)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+    try:
+        await runner.setup()
+        # cancelled in the middle, asyncio would leave a socket open
+        await carry_through(web.TCPSite(runner, "127.0.0.1", 0).start())
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+class LocalVast(LocalEndpoint):
+    """Vast Serverless with one endpoint, on the loopback interface, for an `async with` block.
+
+    `environment` is added to every worker's. The attributes of LocalEndpoint are this one's too:
+    the record of what happened, and faults, for tests.
     """
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(
+        self,
+        max_workers: int = 3,
+        inactivity_timeout: float = 10.0,
+        environment: dict[str, str] | None = None,
+        control_port: int | None = 18999,
+        on_event: Callable[[str], object] = log.info,
+        tls: bool = False,
+    ) -> None:
+        """`inactivity_timeout` is in seconds.
 
+        The first worker gets `control_port` where it is free, the others, and with None it too,
+        one from the system. `on_event` is told in one line what happens to the workers.
+        """
+        super().__init__(max_workers, inactivity_timeout, on_event)
+        self.environment = environment or {}
+        self.control_port = control_port
+        self.tls = tls
+        self.folder = ""  # of the workers, in the block
+        self._certificates: Certificates | None = None
+        self._origin = ""
+        self._instances: Instances | None = None  # None: not entered
+        self._leaving = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> "LocalVast":
+        async with contextlib.AsyncExitStack() as stack:  # undone if a step fails or is cancelled
+            folder = stack.enter_context(Folder())
+            if self.tls:
+                self._certificates = Certificates(folder.path)
+                self._certificates.write()
+            router = Router(self, self.start_worker)
+            self._origin = await stack.enter_async_context(served(router.routes()))
+            self.folder = folder.path
+            self._instances = Instances(
+                self,
+                folder,
+                self._certificates,
+                self._origin,
+                self.environment,
+                self.control_port,
+            )
+            stack.push_async_callback(self._stop, asyncio.create_task(self._scale()))
+            self._leaving = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await carry_through(self._leaving.aclose())
+        finally:
+            self._instances = None
+
+    async def _stop(self, scaling: asyncio.Task[None]) -> None:
+        scaling.cancel()
+        await asyncio.wait({scaling})
+        await self._entered().stop()
+
+    async def _scale(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            for worker in list(self.workers.values()):
+                if worker.process is not None:
+                    self._look_after(worker)
+
+    def _look_after(self, worker: LocalWorker) -> None:
+        if not worker.free:
+            worker.idle_since = time.monotonic()
+        if self._entered().bury(worker):
+            return
+        why = why_to_stop(worker, self.inactivity_timeout)
+        if why is not None:
+            self.tell(f"worker {worker.number} stopping: {why}")
+            worker.stopping = True
+            worker.send_signal(signal.SIGTERM)
+
+    def _entered(self) -> Instances:
+        if self._instances is None:
+            raise RuntimeError("LocalVast lives in its block: async with LocalVast() as vast")
+        return self._instances
+
+    @property
+    def url(self) -> str:
+        """Of the router, the web API, the key server and the report address alike."""
+        self._entered()
+        return self._origin
+
+    @property
+    def authority(self) -> str:
+        """The file of the root that issues the workers' certificates, for `curl --cacert`.
+
+        Raises RuntimeError without `tls`.
+        """
+        if self._certificates is None:
+            raise RuntimeError("only LocalVast(tls=True) has certificates")
+        return self._certificates.authority
+
+    def client(self, **options: Any) -> Serverless:
+        """A client of the SDK that talks to this Vast only; the options are its own."""
+        defaults = {
+            "api_key": self.api_key,
+            "autoscaler_url": self.url,
+            "webserver_url": self.url,
+        }
+        authority = self.authority if self.tls else None
+        return LocalClient(authority=authority, **(defaults | options))
+
+    def start_worker(
+        self, environment: dict[str, str] | None = None, script: str = WORKER
+    ) -> LocalWorker:
+        """Start one more worker process, whatever the load. It is ready when its `state` is IDLE.
+
+        `environment` is added to what all have.
+        """
+        return self._entered().start(environment or {}, script)
+
+
+def kill_when_orphaned(parent: int) -> None:
+    """Wait until the parent has gone, then kill this process."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def instance_certificate(certificate: str) -> Iterator[None]:
+    """Let this file stand in for the one that Vast puts on every instance."""
     load = ssl.SSLContext.load_cert_chain
 
     def load_cert_chain(
         context: ssl.SSLContext, certfile: str, keyfile: str | None = None, password: Any = None
     ) -> None:
         if certfile == INSTANCE_CERTIFICATE:
-            certfile, keyfile = certificate, None
-        load(context, certfile, keyfile, password)
+            load(context, certificate, None, password)
+        else:
+            load(context, certfile, keyfile, password)
 
     ssl.SSLContext.load_cert_chain = load_cert_chain  # type: ignore[method-assign, assignment]
-    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ssl.SSLContext.load_cert_chain = load  # type: ignore[method-assign]
+
+
+def run_tied_to_parent(parent: int, script: str, certificate: str) -> None:
+    """Run a script as the main program, in this process, which dies with its parent."""
+    threading.Thread(target=kill_when_orphaned, args=(parent,), daemon=True).start()
     sys.argv = [script]
-    runpy.run_path(script, run_name="__main__")
+    with instance_certificate(certificate):
+        runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 4 or not os.path.isfile(sys.argv[2]):
-        sys.exit("null_local: LocalVast starts its workers with this; to try it: python null_client.py --local")
+        sys.exit(
+            "null_local: LocalVast starts its workers with this; "
+            "to try it: python null_client.py --local"
+        )
     run_tied_to_parent(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -5,20 +5,16 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-import null_local
 from null_client import NotReserved, reserve
-from null_local import LocalVast
+from null_local import LocalVast, hold_port
 from tests.command import Command
-from tests.environment import BARE, HERE
 from tests.http import request
+from tests.processes import processes_of
 from tests.reservation import endpoint_of, worker_at
 from tests.waiting import eventually
 from tests.worker import fresh, release
@@ -131,16 +127,6 @@ async def test_an_idle_worker_is_stopped_at_once_where_it_is_to_be_and_a_loading
     ]
 
 
-def processes_of(folder):
-    """The workers of the LocalVast with that folder, which is named in their arguments."""
-    found = []
-    for arguments in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if folder.encode() in arguments.read_bytes():
-                found.append(arguments.parent.name)
-    return found
-
-
 async def test_leaving_waits_for_the_starts_that_are_under_way():
     for delay in (0, 0.01, 60):
         async with LocalVast(control_port=None) as vast:
@@ -185,39 +171,15 @@ def test_a_localvast_outside_of_its_block_says_so_in_a_line():
             use(LocalVast())
 
 
-FORKING = (
-    "import asyncio, os, sys, time\n"
-    "from null_local import LocalVast\n"
-    "async def main():\n"
-    "    async with LocalVast(control_port=None) as vast:\n"
-    "        worker = vast.start_worker()\n"
-    "        while worker.state != 'IDLE': await asyncio.sleep(0.05)\n"
-    "        if not (child := os.fork()): os.close(1), time.sleep(60), os._exit(0)\n"
-    "        print(vast.folder, worker.process.pid, child, flush=True)\n"
-    "        await asyncio.sleep(60)\n"
-    "asyncio.run(main())\n"
-)
-
-
-async def test_a_killed_localvast_leaves_no_worker_and_its_folder_to_the_next():
-    environment = BARE | {"PYTHONPATH": str(HERE)}
-    command = (sys.executable, "-c", FORKING)
-    program = await asyncio.create_subprocess_exec(
-        *command, env=environment, stdout=subprocess.PIPE
-    )
-    # No number of a process.
-    somebody_elses = Path(tempfile.gettempdir(), f"{null_local.PREFIX}{'9' * 30}-x")
-    try:
-        somebody_elses.mkdir(exist_ok=True)
-        folder, worker, child = (await program.stdout.readline()).decode().split()
-        assert processes_of(folder) == [worker]
-        program.kill()
-        await program.wait()
-        await eventually(lambda: processes_of(folder) == [], timeout=5)
-        os.kill(int(child), signal.SIGKILL)
-        async with LocalVast(control_port=None):
-            assert not Path(folder).exists() and somebody_elses.exists()
-    finally:
-        somebody_elses.rmdir()
-        with contextlib.suppress(ProcessLookupError):
-            program.kill()
+async def test_of_two_localvasts_one_gets_the_control_port():
+    with hold_port() as free:
+        port = free.getsockname()[1]
+    async with LocalVast(control_port=port) as one, LocalVast(control_port=port) as other:
+        first = one.start_worker()
+        assert first.control_port == port
+        assert other.start_worker().control_port != port
+        assert one.start_worker().control_port != port
+        first.process = await eventually(lambda: first.process)
+        first.process.kill()
+        await eventually(lambda: first.number not in one.workers)
+        assert other.start_worker().control_port == port

@@ -12,7 +12,7 @@ from null_client import reserve
 from null_local import LocalVast
 from tests.autoscaler import statuses
 from tests.environment import installed
-from tests.http import on_the_wire, post
+from tests.http import on_the_wire, post, request
 from tests.malformed import WIRE
 from tests.reservation import endpoint_of
 from tests.waiting import eventually
@@ -44,7 +44,7 @@ async def test_its_answers_look_like_vasts():
         assert (await client.fetch_endpoint(endpoint.id)).config.endpoint_name == vast.endpoint_name
         query = {
             "endpoint": vast.endpoint_name,
-            "api_key": vast.api_key,
+            "api_key": vast.endpoint_key,
             "cost": 100,
             "replay_timeout": 0.5,
         }
@@ -78,6 +78,31 @@ async def test_its_answers_look_like_vasts():
         assert (again["url"], again["reqnum"]) == (worker.url, 2)
         (seen,) = await endpoint.get_workers()
         assert (seen.id, seen.status, seen.cur_load, seen.perf) == (worker.number, "IDLE", 0, 100)
+
+
+async def test_the_router_takes_the_endpoints_key_and_the_web_api_the_accounts():
+    async with LocalVast(max_workers=1, control_port=None) as vast, vast.client() as client:
+
+        async def route(key=None, bearer=None):
+            query = {"endpoint": vast.endpoint_name, "cost": 100}
+            if key:
+                query["api_key"] = key
+            headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+            return (await post(f"{vast.url}/route/", json=query, headers=headers))[0]
+
+        first = vast.endpoint_key
+        assert (await client.get_endpoint(vast.endpoint_name)).api_key == first != vast.api_key
+        assert [await route(first), await route(bearer=first), await route(first, "x")] == [200] * 3
+        assert [await route(), await route("x", first), await route(vast.api_key)] == [401] * 3
+        vast.endpoint_key = "another"
+        assert [await route(first), await route("another")] == [401, 200]
+        (endpoint,) = await client.get_endpoints()
+        assert endpoint.api_key == "another"
+        assert len(await endpoint.get_workers()) == 1
+        (status, _, _) = await request("GET", f"{vast.url}/api/v0/endptjobs/?api_key=another")
+        assert status == 401
+        listing = {"id": 1, "api_key": "x"}
+        assert (await post(f"{vast.url}/get_endpoint_workers/", json=listing))[0] == 401
 
 
 @installed("trustme")

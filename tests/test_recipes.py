@@ -505,7 +505,7 @@ async def test_the_raw_http_recipe_keeps_its_place_whatever_it_is_answered(tmp_p
             environment = {
                 "AUTOSCALER": url,
                 "VAST_ENDPOINT": vast.endpoint_name,
-                "ENDPOINT_KEY": vast.api_key,
+                "ENDPOINT_KEY": vast.endpoint_key,
             }
             script = (
                 recipe("raw.sh")
