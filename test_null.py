@@ -15,7 +15,7 @@ from tests.environment import BARE, HERE, run
 from tests.http import post
 from tests.reservation import endpoint_of
 from tests.waiting import eventually
-from tests.worker import create, fresh, release, session
+from tests.worker import create, fresh, release, until
 
 pytest_plugins = ["tests.fixtures"]
 pytestmark = pytest.mark.anyio
@@ -37,15 +37,15 @@ async def test_the_sdk_reserves_and_the_autoscaler_is_told(vast):
 @pytest.mark.parametrize("by", ["release", "session/end", "HTTP-only session/end", "expiry"])
 async def test_every_end_of_a_reservation_is_a_success(vast, worker, by):
     auth = vast.auth_data(worker)
-    session_id = await session(vast, worker, auth=auth, lifetime=60 if by != "expiry" else 3)
-    await eventually(lambda: worker.report["cur_load"] == 100)
+    session_id = await create(vast, worker, auth=auth, lifetime=60 if by != "expiry" else 3)
+    await until(worker, lambda: worker.report["cur_load"] == 100)
     if by == "release":
         assert await release(worker) == (200, {"released": True, "session_ids": [session_id]})
     elif by != "expiry":
         port = worker.http_port if by.startswith("HTTP") else worker.port
         body = {"session_id": session_id, "session_auth": auth}
         assert (await post(f"http://127.0.0.1:{port}/session/end", json=body))[0] == 200
-    await eventually(lambda: worker.report["cur_load"] == 0 and ended(vast))
+    await until(worker, lambda: worker.report["cur_load"] == 0 and ended(vast))
     (request,) = ended(vast)
     assert (request["request_idx"], request["status"], request["success"]) == (
         auth["request_idx"],
@@ -55,10 +55,10 @@ async def test_every_end_of_a_reservation_is_a_success(vast, worker, by):
 
 
 async def test_one_session_at_a_time(vast, worker):
-    first = await session(vast, worker)
-    assert (await create(vast, worker))[0] == 429
+    first = await create(vast, worker)
+    await create(vast, worker, expected=429)
     assert await release(worker, first) == (200, {"released": True, "session_ids": [first]})
-    second = await session(vast, worker)
+    second = await create(vast, worker)
     assert second != first
 
 

@@ -109,7 +109,11 @@ class Command:
         return re.search(pattern, "\n".join(self.lines))
 
     async def says(self, pattern, timeout=40):
-        return (
-            await eventually(lambda: self.said(pattern) or self.process.poll() is not None, timeout)
-            is not True
-        )
+        """Wait for the pattern in the output; the match. Fails at once when the command ends."""
+        return await eventually(lambda: self.said(pattern), timeout, self._epitaph)
+
+    def _epitaph(self):
+        if self.process.poll() is None or not all(reading.done() for reading in self._output):
+            return None
+        last = "\n".join([*self.lines[-15:], *self.errors[-15:]])
+        return f"the command ended with status {self.process.returncode}; its last lines:\n{last}"

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 
 import aiohttp
 from aiohttp import web
@@ -22,6 +23,21 @@ async def request(method, url, **options):
 async def post(url, **options):
     status, _, answer = await request("POST", url, **options)
     return status, answer
+
+
+class Refused(AssertionError):
+    """A request was answered with another status than it should have been."""
+
+    def __init__(self, status, answer):
+        super().__init__(f"HTTP {status} - {answer}")
+        self.status = status
+
+
+def listens(port):
+    """Whether somebody takes connections on a port of this machine."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        return True
+    return False
 
 
 @contextlib.asynccontextmanager

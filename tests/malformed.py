@@ -3,40 +3,7 @@
 import functools
 import math
 
-WRONG = {
-    str: [None, 1, True, [], {}],
-    int: [None, "1", 1.5, True, [], {}],
-    float: [None, "1", True, [], {}],
-}
-
-
-AUTH = {
-    "cost": float,
-    "endpoint": str,
-    "reqnum": int,
-    "request_idx": int,
-    "signature": str,
-    "url": str,
-}
-
-
-LIFETIMES = [None, "60", True, [], {}, 0, -1, -0.0, math.nan, math.inf, -math.inf, 10**400]
-
-
-ROUTES = [
-    1,
-    True,
-    [],
-    {},
-    "",
-    "closed",
-    "ftp://host/x",
-    "http://",
-    "http://[",
-    "http://a b",
-    "javascript:alert(1)",
-]
-
+from null_worker import CALLBACK, COST, CREATE, END, INTEGER, LIFETIME, OBJECT, ROUTES, TEXT, WAIT
 
 RAW = [
     (422, b""),
@@ -56,79 +23,53 @@ RAW = [
 ]
 
 
-HELD = {"session_id": str, "session_auth": dict}
-
-
-SIGNED = {
-    "auth_data": dict,
-    **{f"auth_data.{name}": kind for name, kind in AUTH.items()},
-    "payload": dict,
-}
-
-
-READS = {  # path to the fields that it reads
-    "/session/create": {
-        **SIGNED,
-        "payload.lifetime": "lifetime",
-        "payload.on_close_route": "route",
-    },
-    "/session/get": {**HELD, "wait": "wait"},
-    "/session/end": HELD,
-    "/session/health": HELD,
-    "/ping": {**SIGNED, "session_id": str},
-    "/pyworker/update": {},
-}
-
-
-DOORS = [("port", path) for path in READS] + [("http_port", "/session/end")]
-
-
+# Every route of the framework on both of its ports.
+DOORS = [*(("port", path) for path in ROUTES), ("http_port", END)]
+NO_TEXT = [None, 1, True, [], {}]
+NO_INTEGER = [None, "1", 1.5, True, [], {}]
+NO_NUMBER = [None, "1", True, [], {}, math.nan, math.inf, -math.inf, 10**400]
+NO_CALLBACK = [
+    *(1, True, [], {}, "", "closed", "/" + "x" * 4096),
+    *("ftp://host/x", "http://", "http://[", "http://a b", "javascript:alert(1)"),
+]
+# What each kind of field must refuse. A new kind is missing here until it is tested.
 SPOILT = {
-    str: [*WRONG[str], "x" * 4097, "é" * 2049],
-    int: [*WRONG[int], 10**30, 1 << 63, -(1 << 63) - 1, math.nan],
-    float: [*WRONG[float], -1, -0.5, 1e308, 1_000_001, math.nan, math.inf, -math.inf, 10**400],
-    dict: [None, 1, True, "x", []],
-    "lifetime": LIFETIMES,
-    "route": [*ROUTES, "/" + "x" * 4096],
-    "wait": [None, "1", True, [], {}, -1, 60.5, 10**400, math.nan, math.inf],
+    TEXT: [*NO_TEXT, "x" * 4097, "é" * 2049],
+    INTEGER: [*NO_INTEGER, 10**30, 1 << 63, -(1 << 63) - 1, math.nan],
+    COST: [*NO_NUMBER, -1, -0.5, 1e308, 1_000_001],
+    OBJECT: [None, 1, True, "x", []],
+    LIFETIME: [*NO_NUMBER, 0, -1, -0.0],
+    CALLBACK: NO_CALLBACK,
+    WAIT: [*NO_NUMBER, -1, 60.5],
 }
-
-
-REQUIRED = (str, int, float, dict)
-
-
 QUADRATIC = b"dn32ga" + b"a" * 200_000  # to Python's punycode decoder
 
 
-def good(vast, worker, path):
-    auth = vast.auth_data(worker)
-    if path in ("/session/create", "/ping"):
-        return {
-            "auth_data": auth,
-            "payload": {},
-            **({"session_id": "x"} if path == "/ping" else {}),
-        }
-    return {"session_id": "x", "session_auth": auth}
+def well_formed(vast, worker, path):
+    """What the SDK sends to a route: the fields that the route reads."""
+    auth_data = vast.auth_data(worker)
+    sent = {"auth_data": auth_data, "payload": {}, "session_id": "x", "session_auth": auth_data}
+    return {name: value for name, value in sent.items() if name in ROUTES[path]}
 
 
-def malformed(path="/session/create"):
-    """(what, change of the body) for every way to spoil one field that a route reads."""
-    for named, kind in READS[path].items():
-        *parents, name = named.split(".")
-
-        def spoil(body, change, parents=parents):
-            change(body[parents[0]] if parents else body)
-
-        if kind in REQUIRED:
-            yield named, functools.partial(spoil, change=lambda fields, name=name: fields.pop(name))
+def malformed(path=CREATE):
+    """(field, a function that spoils it in a body) for every way to spoil a field of a route."""
+    for field, kind in ROUTES[path].items():
+        if not kind.accepts(kind.default):
+            yield field, functools.partial(remove, field=field)
         for wrong in SPOILT[kind]:
-            yield (
-                named,
-                functools.partial(
-                    spoil,
-                    change=lambda fields, name=name, wrong=wrong: fields.update({name: wrong}),
-                ),
-            )
+            yield field, functools.partial(put, field=field, value=wrong)
+
+
+def put(body, field, value):
+    """Set a field of a body, which may be one of an object in it: `payload.lifetime`."""
+    parent, _, name = field.rpartition(".")
+    (body[parent] if parent else body)[name] = value
+
+
+def remove(body, field):
+    parent, _, name = field.rpartition(".")
+    del (body[parent] if parent else body)[name]
 
 
 NASTY = (

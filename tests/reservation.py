@@ -15,10 +15,6 @@ def worker_at(vast, url):
     return next(worker for worker in list(vast.workers.values()) if worker.url == url)
 
 
-def holder(vast, reservation):
-    return worker_at(vast, reservation.url)
-
-
 async def expiration(reservation):
     """The worker's own word on when the session expires, in its clock, which here is ours."""
     about = {"session_id": reservation.session_id, "session_auth": reservation.auth_data}

@@ -9,14 +9,9 @@ import time
 from types import SimpleNamespace
 
 from null_local import LocalClient, hold_port
+from null_worker import CREATE, END, LOOK, PING
 
-ROUTE, CREATE, LOOK, PING, END = (
-    "/route/",
-    "/session/create",
-    "/session/get",
-    "/ping",
-    "/session/end",
-)
+ROUTE = "/route/"
 
 
 GONE = {"error": "session does not exist"}
@@ -31,7 +26,7 @@ class Stub:
     """
 
     def __init__(self):
-        self.fate = lambda route, message: None
+        self.fate = truth
         self.free, self.waits = True, True  # a worker is; the workers know `wait`
         self.sessions, self.asked, self.numbers = {}, [], itertools.count(1)
         self._connections, self._server = set(), None
@@ -51,6 +46,10 @@ class Stub:
     async def listen(self, port=0):
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", port, backlog=512)
 
+    def drop_connections(self):
+        for connection in list(self._connections):
+            connection.cancel()
+
     async def absent(self, seconds):
         port = int(self.url.rpartition(":")[2])
         self._server.close()
@@ -61,7 +60,7 @@ class Stub:
     def times(self, route):
         return [when for when, asked, _ in self.asked if asked == route]
 
-    def said(self, route):
+    def messages(self, route):
         return [message for _, asked, message in self.asked if asked == route]
 
     def left(self):
@@ -172,3 +171,8 @@ def first(*fates, route, then=None):
     """A fate: the first requests to a route get these, one each."""
     fates = list(fates)
     return lambda asked, _: (fates.pop(0) if fates else then) if asked == route else None
+
+
+def truth(_route, _message):
+    """The fate of a request to which nothing happens."""
+    return

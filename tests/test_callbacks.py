@@ -12,6 +12,7 @@ from tests.autoscaler import statuses
 from tests.http import Callbacks, consumer_health, post, request, server
 from tests.waiting import eventually
 from tests.worker import (
+    create,
     driver,
     exit_status,
     fresh,
@@ -20,7 +21,7 @@ from tests.worker import (
     lines_since,
     memory,
     release,
-    session,
+    until,
 )
 
 pytestmark = pytest.mark.anyio
@@ -29,16 +30,16 @@ pytestmark = pytest.mark.anyio
 async def test_a_hung_callback_holds_up_nothing_but_its_own_release(vast, worker):
     callbacks = Callbacks(hang=True)
     async with server(callbacks.route) as origin:
-        session_id = await session(
+        session_id = await create(
             vast, worker, on_close_route=f"{origin}/closed", on_close_payload={"job": 7}
         )
-        await eventually(lambda: worker.report["cur_load"] == 100)
+        await until(worker, lambda: worker.report["cur_load"] == 100)
         start = time.monotonic()
         releasing = asyncio.ensure_future(release(worker))
         await eventually(lambda: callbacks.bodies)
         assert callbacks.bodies == [{"job": 7, "session_id": session_id}]
         assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
-        successor = await session(vast, worker)
+        successor = await create(vast, worker)
         # Told while the callback still hangs.
         await eventually(lambda: statuses(vast) == ["Success"])
         assert not releasing.done()
@@ -55,9 +56,9 @@ async def test_a_hung_callback_holds_up_nothing_but_its_own_release(vast, worker
 async def test_a_hung_callback_does_not_hold_up_the_expiry_of_the_next_session(vast, worker):
     callbacks = Callbacks(hang=True)
     async with server(callbacks.route) as origin:
-        await session(vast, worker, lifetime=1, on_close_route=f"{origin}/closed")
+        await create(vast, worker, lifetime=1, on_close_route=f"{origin}/closed")
         await eventually(lambda: callbacks.bodies)  # it has expired
-        await session(vast, worker, lifetime=0.5)
+        await create(vast, worker, lifetime=0.5)
         start = time.monotonic()
         await eventually(lambda: statuses(vast) == ["Success"] * 2)
         assert time.monotonic() - start < 0.5 + 5 + 4  # 5 to the next sweep; 4 for the report
@@ -68,13 +69,15 @@ async def test_a_caller_that_hangs_up_leaves_neither_load_nor_callback_behind(va
     callbacks = Callbacks(hang=True)
     async with server(callbacks.route) as origin:
         auth = vast.auth_data(worker)
-        session_id = await session(vast, worker, auth=auth, on_close_route=f"{origin}/closed")
-        await eventually(lambda: worker.report["cur_load"] == 100)
+        session_id = await create(vast, worker, auth=auth, on_close_route=f"{origin}/closed")
+        await until(worker, lambda: worker.report["cur_load"] == 100)
         body = {"session_id": session_id, "session_auth": auth}
         ending = asyncio.ensure_future(post(f"{worker.url}/session/end", json=body))
         await eventually(lambda: callbacks.bodies)
         ending.cancel()
-        await eventually(lambda: worker.report["cur_load"] == 0 and statuses(vast) == ["Success"])
+        await until(
+            worker, lambda: worker.report["cur_load"] == 0 and statuses(vast) == ["Success"]
+        )
         callbacks.let_go.set()
         # The callback was not dropped either.
         assert await eventually(lambda: callbacks.answered) == [True]
@@ -104,9 +107,9 @@ async def test_a_callback_is_told_and_nothing_more(vast, worker):
         web.post("/redirect", redirect), web.post("/huge", huge), web.post("/followed", redirect)
     ) as origin:
         for route in ("/redirect", "/huge"):
-            await session(vast, worker, on_close_route=origin + route, on_close_payload=["x"])
+            await create(vast, worker, on_close_route=origin + route, on_close_payload=["x"])
             assert (await asyncio.wait_for(release(worker), 5))[0] == 200
-        session_id = await session(vast, worker)
+        session_id = await create(vast, worker)
         late = {"X-Null-Callback": "1"}  # a header that each has
         assert (await post(f"{worker.control_url}/release", headers=late))[0] == 403
         assert (await release(worker, session_id))[1]["released"]
@@ -115,7 +118,7 @@ async def test_a_callback_is_told_and_nothing_more(vast, worker):
 
 async def test_a_callback_to_the_control_server_changes_nothing(vast, worker):
     logged = worker.log.stat().st_size
-    await session(vast, worker, on_close_route="/release")
+    await create(vast, worker, on_close_route="/release")
     assert (await release(worker))[1]["released"]
     assert "Traceback" not in lines_since(worker, logged)
 
@@ -125,7 +128,7 @@ async def test_a_relative_callback_goes_to_the_consumer(vast):
     async with server(callbacks.route, consumer_health({"health": 200})) as origin:
         worker = await fresh(vast, {"BACKEND_HEALTH_URL": f"{origin}/health"})
         assert (await request("GET", f"{worker.control_url}/health"))[0] == 404
-        session_id = await session(vast, worker, on_close_route="/closed")
+        session_id = await create(vast, worker, on_close_route="/closed")
         await release(worker)
         assert callbacks.bodies == [{"session_id": session_id}]
         worker.process.terminate()
@@ -138,10 +141,10 @@ async def test_a_release_that_takes_too_long_says_so_and_the_worker_is_free(vast
         worker = await fresh(vast, script=driver(tmp_path, "null_worker.RELEASE_WAIT = 1"))
         # It may wait as long as it asked for.
         assert await lease(worker, "?wait=2.5") == {"session_id": None}
-        await session(vast, worker, on_close_route=f"{origin}/closed")
+        await create(vast, worker, on_close_route=f"{origin}/closed")
         status, answer = await release(worker)
         assert status == 504 and re.search("/release took over 1 s", answer["reason"])
-        await session(vast, worker)
+        await create(vast, worker)
         callbacks.let_go.set()
         await eventually(lambda: callbacks.answered == [True])
         await killed(worker)

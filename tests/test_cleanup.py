@@ -10,11 +10,12 @@ import pytest
 
 import null_client
 from null_client import reserve
+from null_worker import CREATE, END
 from tests.autoscaler import statuses
-from tests.reservation import endpoint_of, holder
-from tests.stub import CREATE, END, ROUTE, first, stubbed
+from tests.reservation import endpoint_of, worker_at
+from tests.stub import ROUTE, first, stubbed
 from tests.waiting import eventually
-from tests.worker import release, session
+from tests.worker import create, release, until
 
 pytestmark = pytest.mark.anyio
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.anyio
 async def test_a_session_is_closed_however_the_block_ends(vast, how, caplog):
     async def hold(endpoint, held):
         async with reserve(endpoint, on_close_payload={"job": 1}) as reservation:
-            held.set_result(holder(vast, reservation))
+            held.set_result(worker_at(vast, reservation.url))
             if how == "exception":
                 raise KeyError("job")
             if "cancel" in how:
@@ -48,8 +49,8 @@ async def test_a_session_is_closed_however_the_block_ends(vast, how, caplog):
 
 async def test_a_session_that_is_just_being_created_is_not_left_behind(vast):
     for worker in list(vast.workers.values())[1:]:
-        await session(vast, worker)
-        await eventually(lambda worker=worker: worker.report["cur_load"] == 100)
+        await create(vast, worker)
+        await until(worker, lambda worker=worker: worker.report["cur_load"] == 100)
     (worker,) = [worker for worker in list(vast.workers.values()) if worker.free]
     async with endpoint_of(vast) as endpoint:
         worker.process.send_signal(signal.SIGSTOP)

@@ -10,12 +10,13 @@ import pytest
 import null_client
 from null_client import WorkerLost, reserve
 from null_local import hold_port
+from null_worker import END
 from tests.autoscaler import reservations_over_time, statuses
 from tests.command import Command
 from tests.reservation import endpoint_of, worker_at
-from tests.stub import END, stubbed
+from tests.stub import stubbed
 from tests.waiting import eventually
-from tests.worker import WORKERS, exit_status, release
+from tests.worker import WORKERS, killed, release
 
 pytestmark = pytest.mark.anyio
 
@@ -52,7 +53,7 @@ async def test_why_the_last_poll_failed_is_on_the_screen_and_in_the_end(vast):
 
 async def test_holding_ends_when_the_worker_lets_go(vast):
     async with Command("--hold", "inf", vast=vast) as command:
-        url = (await eventually(lambda: command.said(r"held .*, (http\S+)")))[1]
+        url = (await command.says(r"held .*, (http\S+)"))[1]
         status, answer = await release(worker_at(vast, url))
         assert status == 200 and answer["released"]
         assert await command.status() == 0
@@ -61,10 +62,9 @@ async def test_holding_ends_when_the_worker_lets_go(vast):
 
 async def test_a_lost_worker_is_status_1(vast):
     async with Command("--hold", "inf", "--lifetime", "2", vast=vast) as command:
-        url = (await eventually(lambda: command.said(r"held .*, (http\S+)")))[1]
+        url = (await command.says(r"held .*, (http\S+)"))[1]
         worker = worker_at(vast, url)
-        worker.process.kill()
-        await exit_status(worker)
+        await killed(worker)
         with hold_port(worker.port):
             assert await command.status() == 1
     assert command.said("#1 lost after .*can't be reached") and command.errors == []

@@ -14,10 +14,10 @@ import pytest
 from tests.autoscaler import statuses
 from tests.command import Command
 from tests.environment import BARE, HERE
-from tests.http import request
+from tests.http import listens, request
 from tests.reservation import worker_at
 from tests.waiting import eventually
-from tests.worker import WORKERS, release, session
+from tests.worker import WORKERS, create, release
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +36,7 @@ async def stage_of(vast, command, stage):
 async def test_a_signal_ends_the_command_also_when_it_cannot_print(vast, output, stage, demo):
     number = signal.SIGTERM if demo else signal.SIGINT
     taken = (
-        [await session(vast, worker) for worker in vast.workers.values()]
+        [await create(vast, worker) for worker in vast.workers.values()]
         if stage == "waiting"
         else []
     )
@@ -70,7 +70,7 @@ def control_port_of_child(pid):
 async def test_the_command_works_without_a_standard_output():
     async with Command("--local", "--hold", "inf", output="closed") as command:
         port = await eventually(lambda: control_port_of_child(command.process.pid))
-        await eventually(lambda: connected(port))
+        await eventually(lambda: listens(port))
         status, _, answer = await request("GET", f"http://127.0.0.1:{port}/session?wait=30")
         assert status == 200 and answer["session_id"]
         command.process.send_signal(signal.SIGINT)
@@ -122,7 +122,7 @@ STAGES = [  # what was said last, interval, plateau
 async def test_a_signal_closes_every_session_at_any_stage(vast, stage, interval, plateau, number):
     waiting = "waiting" in stage
     if waiting:
-        held = [await session(vast, worker) for worker in list(vast.workers.values())]
+        held = [await create(vast, worker) for worker in list(vast.workers.values())]
         await eventually(
             lambda: all(worker.report["cur_load"] for worker in list(vast.workers.values()))
         )
@@ -179,7 +179,7 @@ async def test_a_signal_that_ends_the_reader_of_the_output_too_closes_the_sessio
 
 async def test_a_second_signal_ends_the_client_at_once(vast):
     async with Command("--hold", "inf", vast=vast) as command:
-        url = (await eventually(lambda: command.said(r"held .*, (http\S+)")))[1]
+        url = (await command.says(r"held .*, (http\S+)"))[1]
         worker = worker_at(vast, url)
         worker.process.send_signal(signal.SIGSTOP)  # the session can't be closed
         try:
@@ -191,10 +191,3 @@ async def test_a_second_signal_ends_the_client_at_once(vast):
         finally:
             worker.process.send_signal(signal.SIGCONT)
     assert command.errors == []
-
-
-async def connected(port):
-    with contextlib.suppress(OSError):
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.close()
-        return True

@@ -9,7 +9,7 @@ import pytest
 
 from null_worker import Answer, control
 from tests.http import post, request
-from tests.worker import session
+from tests.worker import create
 
 pytestmark = pytest.mark.anyio
 
@@ -66,7 +66,7 @@ async def test_the_control_server_answers_in_json_whatever_it_is_asked(
     ],
 )
 async def test_only_a_loopback_host_is_answered(vast, worker, host, expected):
-    session_id = await session(vast, worker)
+    session_id = await create(vast, worker)
     assert (await request("GET", f"{worker.control_url}/health", headers={"Host": host}))[
         0
     ] == expected
@@ -113,7 +113,7 @@ async def test_garbage_on_the_control_port_is_answered_or_dropped_and_never_logg
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_body_of_any_size_is_read_and_ignored(vast, worker, chunked):
-    session_id, size = await session(vast, worker), 8 << 20
+    session_id, size = await create(vast, worker), 8 << 20
 
     async def chunks():
         for _ in range(size >> 16):

@@ -9,29 +9,19 @@ from Crypto.Hash import SHA256
 from Crypto.PublicKey import RSA
 from Crypto.Signature import pkcs1_15
 
-from null_worker import ROUTES as CHECKED
-from null_worker import problems
+from null_worker import CREATE, ROUTES, problems
 from tests.autoscaler import ended, silence, statuses
-from tests.http import post
-from tests.malformed import AUTH, DOORS, QUADRATIC, RAW, good, malformed
+from tests.http import listens, post
+from tests.malformed import DOORS, QUADRATIC, RAW, malformed, well_formed
 from tests.waiting import eventually
-from tests.worker import (
-    create,
-    created,
-    exit_status,
-    fresh,
-    honest_requests,
-    killed,
-    reachable,
-    session,
-)
+from tests.worker import create, fresh, honest_requests, killed, until
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_only_the_routers_signature_gets_in(vast, worker):
     await silence(vast)
-    good = vast.auth_data(worker)
+    auth = vast.auth_data(worker)
     signed = SHA256.new(json.dumps({"url": worker.url}, indent=4, sort_keys=True).encode())
     strangers = base64.b64encode(pkcs1_15.new(RSA.generate(2048)).sign(signed)).decode()
     for signature in (
@@ -42,13 +32,11 @@ async def test_only_the_routers_signature_gets_in(vast, worker):
         strangers,
         vast.sign("http://other:1"),
     ):
-        assert (await create(vast, worker, auth={**good, "signature": signature}))[0] == 401, (
-            signature
-        )
-    assert (await create(vast, worker, auth={**good, "url": "http://other:1"}))[0] == 401
-    await session(vast, worker, auth=good)
+        await create(vast, worker, auth={**auth, "signature": signature}, expected=401)
+    await create(vast, worker, auth={**auth, "url": "http://other:1"}, expected=401)
+    await create(vast, worker, auth=auth)
     assert "UNSECURED=true" in worker.log.read_text()
-    await eventually(lambda: worker.report["cur_load"] == 100)
+    await until(worker, lambda: worker.report["cur_load"] == 100)
     assert sum(report["rej_load"] for report in vast.reports) == 0
     assert sum(report["new_load"] for report in vast.reports) <= 100
 
@@ -56,11 +44,10 @@ async def test_only_the_routers_signature_gets_in(vast, worker):
 async def test_unsecured_lets_the_unsigned_in_but_not_the_malformed(vast):
     worker = await fresh(vast, {"UNSECURED": "true"})
     unsigned = {**vast.auth_data(worker), "signature": ""}
-    assert (await create(vast, worker, auth=unsigned, lifetime=math.nan))[0] == 422
-    assert (await create(vast, worker, auth={**unsigned, "signature": None}))[0] == 422
-    await session(vast, worker, auth=unsigned)
-    worker.process.kill()
-    await exit_status(worker)
+    await create(vast, worker, auth=unsigned, lifetime=math.nan, expected=422)
+    await create(vast, worker, auth={**unsigned, "signature": None}, expected=422)
+    await create(vast, worker, auth=unsigned)
+    await killed(worker)
 
 
 @pytest.mark.parametrize(("port", "path"), DOORS)
@@ -71,11 +58,11 @@ async def test_nothing_malformed_gets_in_anywhere_or_leaves_a_trace(vast, worker
 
         async def refused(expected, named="", **options):
             if (
-                path == "/pyworker/update"
+                not ROUTES[path]  # it reads a header only
                 and expected == 422
                 and "Content-Encoding" not in options.get("headers", {})
             ):
-                expected, named = 401, "unauthorized"  # it reads a header only
+                expected, named = 401, "unauthorized"
             status, answer = await post(url, **options)
             assert status == expected and named in json.dumps(answer), (
                 named,
@@ -85,7 +72,7 @@ async def test_nothing_malformed_gets_in_anywhere_or_leaves_a_trace(vast, worker
             )
 
         for named, spoil in malformed(path):
-            body = good(vast, worker, path)
+            body = well_formed(vast, worker, path)
             spoil(body)
             await refused(422, f'"{named}"', json=body)
         for expected, raw in [
@@ -103,7 +90,9 @@ async def test_nothing_malformed_gets_in_anywhere_or_leaves_a_trace(vast, worker
                 yield raw
 
             await refused(expected, named, data=chunks())  # without a Content-Length
-        await refused(422, '"body"', data=json.dumps(good(vast, worker, path)).encode("utf-16"))
+        await refused(
+            422, '"body"', data=json.dumps(well_formed(vast, worker, path)).encode("utf-16")
+        )
         for encoding in ("gzip", "deflate"):
             await refused(
                 422, '"body"', data=b"not compressed", headers={"Content-Encoding": encoding}
@@ -119,16 +108,16 @@ async def test_nothing_malformed_gets_in_anywhere_or_leaves_a_trace(vast, worker
                     headers=kind,
                 )
     assert b"Traceback" not in worker.log.read_bytes()[logged:]
-    await eventually(lambda: worker.report["cur_load"] == 0 and ended(vast))
+    await until(worker, lambda: worker.report["cur_load"] == 0 and ended(vast))
     assert set(statuses(vast)) == {"Success"}
     assert not any(report["rej_load"] or report["error_msg"] for report in vast.reports)
 
 
 async def test_without_a_master_token_no_update_is_taken_and_an_empty_switch_is_unset(vast):
     worker = vast.start_worker({"MASTER_TOKEN": "", "UNSECURED": ""})
-    await eventually(lambda: reachable(worker))
+    await eventually(lambda: listens(worker.control_port))
     # It is ready, though LocalVast takes no report without the token.
-    await eventually(lambda: created(vast, worker))
+    await eventually(lambda: create(vast, worker))
     for headers in (
         {},
         {"Authorization": ""},
@@ -137,7 +126,7 @@ async def test_without_a_master_token_no_update_is_taken_and_an_empty_switch_is_
     ):
         status, answer = await post(f"{worker.url}/pyworker/update", headers=headers)
         assert (status, answer) == (403, {"error": "MASTER_TOKEN is not set"})
-    assert (await create(vast, worker, auth={**vast.auth_data(worker), "signature": ""}))[0] == 401
+    await create(vast, worker, auth={**vast.auth_data(worker), "signature": ""}, expected=401)
     await killed(worker)
 
 
@@ -167,7 +156,7 @@ CREATE_OK = {"auth_data": {**AUTH_OK, "url": "", "more": [1]}, "payload": {}}
         (
             "/session/create",
             {"auth_data": {}, "payload": []},
-            [*(f"auth_data.{name}" for name in AUTH), "payload"],
+            [*(name for name in ROUTES[CREATE] if name.startswith("auth_data.")), "payload"],
         ),
         (
             "/session/create",
@@ -189,4 +178,4 @@ CREATE_OK = {"auth_data": {**AUTH_OK, "url": "", "more": [1]}, "payload": {}}
     ],
 )
 def test_what_is_wrong_with_a_request_is_named(path, message, found):
-    assert sorted(problems(message, CHECKED[path])) == sorted(found)
+    assert sorted(problems(message, ROUTES[path])) == sorted(found)

@@ -14,9 +14,9 @@ import pytest
 from null_local import LocalVast, hold_port
 from tests.autoscaler import ended, statuses
 from tests.environment import BARE, HERE, ON_VAST
-from tests.http import Callbacks, post, server
+from tests.http import Callbacks, listens, post, server
 from tests.waiting import eventually
-from tests.worker import create, created, drained, driver, fresh, reachable, release, session
+from tests.worker import create, drained, driver, fresh, ready, release, until
 
 pytestmark = pytest.mark.anyio
 
@@ -28,11 +28,11 @@ async def test_a_signal_ends_the_open_session_well(vast, number, hang):
     async with server(callbacks.route) as origin:
         worker = await fresh(vast)
         url = f"{origin}/closed"
-        session_id = await session(vast, worker, on_close_route=url, on_close_payload={"job": 1})
+        session_id = await create(vast, worker, on_close_route=url, on_close_payload={"job": 1})
         draining = asyncio.ensure_future(drained(worker, number))
         await eventually(lambda: callbacks.bodies)
         if hang:
-            assert (await create(vast, worker))[0] == 503
+            await create(vast, worker, expected=503)
         assert callbacks.bodies == [{"job": 1, "session_id": session_id}]
         status, seconds = await draining
         assert status == 0 and seconds < 8
@@ -42,9 +42,11 @@ async def test_a_signal_ends_the_open_session_well(vast, number, hang):
 
 async def test_the_autoscaler_hears_of_the_end_even_when_a_report_is_under_way(vast):
     worker = await fresh(vast)
-    await session(vast, worker)
+    await create(vast, worker)
     vast.report_delay = 1.5
-    await eventually(lambda: worker.report["cur_load"] == 100)  # received, but not acknowledged yet
+    await until(
+        worker, lambda: worker.report["cur_load"] == 100
+    )  # received, but not acknowledged yet
     status, seconds = await drained(worker)
     assert status == 0 and seconds < 8
     assert [report["cur_load"] for report in vast.reports if report["id"] == worker.number][-1] == 0
@@ -61,8 +63,8 @@ async def test_the_drain_takes_no_longer_when_the_autoscaler_is_gone(vast):
     async with server() as origin:
         nobody = origin
     worker = vast.start_worker({"REPORT_ADDR": nobody, "UNSECURED": "true"})
-    await eventually(lambda: reachable(worker))
-    await eventually(lambda: created(vast, worker))
+    await eventually(lambda: listens(worker.control_port))
+    await eventually(lambda: create(vast, worker))
     status, seconds = await drained(worker)
     assert status == 0 and seconds < 8
 
@@ -71,7 +73,7 @@ async def test_a_second_signal_ends_it_at_once(vast):
     callbacks = Callbacks(hang=True)
     async with server(callbacks.route) as origin:
         worker = await fresh(vast)
-        await session(vast, worker, on_close_route=f"{origin}/closed")
+        await create(vast, worker, on_close_route=f"{origin}/closed")
         worker.process.terminate()
         await eventually(lambda: callbacks.bodies)
         status, seconds = await drained(worker)
@@ -86,11 +88,11 @@ async def test_whatever_hangs_the_drain_ends_in_time_and_says_what_was_not_done(
         blocked = vast.start_worker(script=blocking)
         workers = [blocked, deserted, mute] = [blocked, vast.start_worker(), vast.start_worker()]
         for worker in workers:
-            await eventually(lambda worker=worker: worker.state == "IDLE")
+            await ready(worker)
         auth = vast.auth_data(blocked)
-        session_id = await session(vast, blocked, auth=auth)
-        left_open = await session(vast, deserted, on_close_route=f"{origin}/closed")
-        await session(vast, mute)
+        session_id = await create(vast, blocked, auth=auth)
+        left_open = await create(vast, deserted, on_close_route=f"{origin}/closed")
+        await create(vast, mute)
         await eventually(lambda: all(worker.report["cur_load"] == 100 for worker in workers))
         vast.report_delay = 30
         ping = {"auth_data": auth, "session_id": session_id, "payload": {}}
@@ -168,14 +170,14 @@ async def test_a_drain_waits_for_a_session_that_is_just_closing(vast):
     callbacks = Callbacks(hang=True)
     async with server(callbacks.route) as origin:
         worker = await fresh(vast)
-        await session(vast, worker, on_close_route=f"{origin}/closed")
+        await create(vast, worker, on_close_route=f"{origin}/closed")
         releasing = asyncio.create_task(release(worker))
         await eventually(lambda: callbacks.bodies)
         # All told.
         await eventually(lambda: statuses(vast) == ["Success"] and worker.report["cur_load"] == 0)
         draining = asyncio.create_task(drained(worker))
         await eventually(lambda: "draining" in worker.log.read_text())
-        assert (await create(vast, worker))[0] == 503
+        await create(vast, worker, expected=503)
         await asyncio.sleep(1)
         assert worker.process.returncode is None
         callbacks.let_go.set()

@@ -9,9 +9,10 @@ import time
 import pytest
 
 from null_client import reserve
+from null_worker import LOOK
 from tests.autoscaler import statuses
-from tests.reservation import endpoint_of, holder
-from tests.stub import LOOK, stubbed
+from tests.reservation import endpoint_of, worker_at
+from tests.stub import stubbed
 from tests.waiting import eventually
 from tests.worker import WORKERS, exit_status, fresh, release
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.anyio
 async def test_the_holder_learns_that_the_worker_let_go(vast):
     async with endpoint_of(vast) as endpoint, reserve(endpoint) as reservation:
         assert not await reservation.ended(timeout=0)
-        await release(holder(vast, reservation))
+        await release(worker_at(vast, reservation.url))
         assert await asyncio.wait_for(reservation.ended(), 10) is True
     await eventually(lambda: statuses(vast) == ["Success"])
 
@@ -57,7 +58,7 @@ async def test_ended_in_a_task_group_beside_a_close():
 async def test_the_holder_learns_of_a_release_at_once(vast):
     async def until_told(reservation):
         start = time.monotonic()
-        await release(holder(vast, reservation))
+        await release(worker_at(vast, reservation.url))
         assert await reservation.ended() is True
         return time.monotonic() - start
 

@@ -3,18 +3,17 @@
 import asyncio
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 
 import null_client
 from null_client import reserve
+from null_worker import END, LOOK, PING
 from tests.command import Command
-from tests.http import request
-from tests.reservation import endpoint_of, holder
-from tests.stub import END, LOOK, PING, first, stubbed
+from tests.reservation import endpoint_of, worker_at
+from tests.stub import first, stubbed
 from tests.waiting import eventually
-from tests.worker import release, renew
+from tests.worker import is_free, release, renew
 
 pytestmark = pytest.mark.anyio
 
@@ -39,16 +38,14 @@ async def test_a_reservation_that_was_handed_over_lives_as_long_as_its_consumer_
                 async with reserve(endpoint, lifetime=3) as reservation:
                     reservation.hand_over()
                     raise KeyError
-            return reservation.session_id, holder(vast, reservation)
+            return reservation.session_id, worker_at(vast, reservation.url)
 
     async def gets(number):
         async with Command(vast.url, vast.api_key, vast.endpoint_name, driver=HAND_OVER) as command:
-            session_id, url = (await command.says(r"^(\S+) (http\S+)$")) and command.lines[
-                0
-            ].split()
+            session_id, url = (await command.says(r"^(\S+) (http\S+)$")).groups()
             command.process.send_signal(number)
             await command.status()
-            return session_id, holder(vast, SimpleNamespace(url=url))
+            return session_id, worker_at(vast, url)
 
     async def outlives(dispatcher):
         session_id, worker = await dispatcher
@@ -60,11 +57,7 @@ async def test_a_reservation_that_was_handed_over_lives_as_long_as_its_consumer_
                 answer,
             )
             await asyncio.sleep(0.3)
-        free = f"{worker.control_url}/session"
-        await eventually(lambda: is_free(free), timeout=3 + 8)
-
-    async def is_free(url):
-        return (await request("GET", url))[2]["session_id"] is None
+        await eventually(lambda: is_free(worker), timeout=3 + 8)
 
     await asyncio.gather(
         *(outlives(dies) for dies in (raises(), gets(signal.SIGTERM), gets(signal.SIGKILL)))
@@ -74,13 +67,13 @@ async def test_a_reservation_that_was_handed_over_lives_as_long_as_its_consumer_
 async def test_a_handed_over_reservation_still_tells_of_its_end_and_can_be_closed(vast):
     async with endpoint_of(vast) as endpoint:
         async with reserve(endpoint, lifetime=60) as reservation:
-            worker = holder(vast, reservation)
+            worker = worker_at(vast, reservation.url)
             reservation.hand_over()
             assert not await reservation.ended(timeout=0)
             await release(worker)
             assert await reservation.ended(timeout=8) is True
         async with reserve(endpoint, lifetime=60) as reservation:
-            worker = holder(vast, reservation)
+            worker = worker_at(vast, reservation.url)
             reservation.hand_over()
             await reservation.close()
             assert await reservation.ended(timeout=0) is True
@@ -91,7 +84,7 @@ async def test_a_handed_over_reservation_still_tells_of_its_end_and_can_be_close
         async with reserve(endpoint, lifetime=60) as reservation:
             reservation.hand_over()
         # The end of the block doesn't end it.
-        assert (await release(holder(vast, reservation)))[1]["released"]
+        assert (await release(worker_at(vast, reservation.url)))[1]["released"]
 
 
 async def test_after_hand_over_no_keep_alive_comes_and_the_end_is_not_sent():

@@ -9,9 +9,9 @@ import pytest
 from aiohttp import web
 
 from null_local import LocalVast, hold_port
-from tests.http import consumer_health, server
+from tests.http import consumer_health, listens, server
 from tests.waiting import eventually
-from tests.worker import create, driver, exit_status, fresh, killed, reachable, session
+from tests.worker import create, driver, exit_status, fresh, killed, ready, until
 
 pytestmark = pytest.mark.anyio
 
@@ -20,16 +20,13 @@ async def test_without_the_public_key_a_worker_is_not_ready_and_takes_no_session
     async with LocalVast(control_port=None) as vast:
         vast.publish_key = False
         worker = vast.start_worker()
-        await eventually(lambda: reachable(worker))
-        status, answer = await create(vast, worker)
-        assert (status, answer, worker.state) == (
-            503,
-            {"error": "no sessions now: starting up"},
-            "MODEL_LOADING",
-        )
+        await eventually(lambda: listens(worker.control_port))
+        answer = await create(vast, worker, expected=503)
+        assert answer == {"error": "no sessions now: starting up"}
+        assert worker.state == "MODEL_LOADING"
         vast.publish_key = True
-        await eventually(lambda: worker.state == "IDLE")
-        await session(vast, worker)
+        await ready(worker)
+        await create(vast, worker)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +65,13 @@ async def test_a_sick_consumer_is_reported_for_what_it_does_and_takes_no_session
         worker = await fresh(vast, {"BACKEND_HEALTH_URL": f"{origin}/health"}, script=script)
         worker.stopping = True  # so that LocalVast doesn't stop it for its error
         well.clear()
-        await eventually(lambda: worker.report["error_msg"])
+        await until(worker, lambda: worker.report["error_msg"])
         assert worker.report["error_msg"] == text and time.monotonic() - sick_at[0] < 8
-        assert await create(vast, worker) == (503, {"error": "no sessions now: broken"})
+        assert await create(vast, worker, expected=503) == {"error": "no sessions now: broken"}
         well.set()
         vast.reports.clear()
         await asyncio.sleep(2.2)  # two more looks, were there any
-        assert await create(vast, worker) == (503, {"error": "no sessions now: broken"})
+        assert await create(vast, worker, expected=503) == {"error": "no sessions now: broken"}
         worker.process.terminate()
         assert await exit_status(worker) == 0
     assert {report["error_msg"] for report in vast.reports if report["id"] == worker.number} <= {
@@ -106,11 +103,11 @@ async def test_a_worker_is_ready_within_two_seconds_of_its_consumer(vast, second
         await asyncio.sleep(seconds)
     answer["health"], well = 200, time.monotonic()
     assert not worker.report.get("max_perf") and well - start >= seconds
-    await eventually(lambda: worker.state == "IDLE")
+    await ready(worker)
     # It takes longer to start than a consumer that is well at once.
     since = well if seconds else asked[0]
     assert time.monotonic() - since < 2 + 3  # 10 by the framework alone
-    await session(vast, worker)
+    await create(vast, worker)
     await killed(worker)
     await runner.cleanup()
 
@@ -122,6 +119,6 @@ async def test_a_consumer_that_is_never_well_is_the_workers_error():
     ):
         environment = {"BACKEND_HEALTH_URL": f"{origin}/health", "BACKEND_START_TIMEOUT": "2"}
         worker = vast.start_worker(environment)
-        await eventually(lambda: worker.report.get("error_msg"))
+        await until(worker, lambda: worker.report.get("error_msg"))
         assert "within 2 s: the health check answers 503" in worker.report["error_msg"]
         assert not worker.report["max_perf"] and await exit_status(worker) == 0

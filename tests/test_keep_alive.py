@@ -6,9 +6,10 @@ import time
 import pytest
 
 from null_client import keep_alive_due, reserve
+from null_worker import CREATE, LOOK, PING
 from tests.autoscaler import silence, statuses
 from tests.reservation import endpoint_of, expiration
-from tests.stub import CREATE, GONE, LOOK, PING, first, stubbed
+from tests.stub import GONE, first, stubbed
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.anyio

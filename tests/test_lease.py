@@ -8,13 +8,13 @@ import pytest
 from tests.http import Callbacks, post, request, server
 from tests.waiting import eventually
 from tests.worker import (
+    create,
     exit_status,
     fresh,
     honest_requests,
     lease,
     release,
     renew,
-    session,
     thread_count,
 )
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.anyio
 
 async def test_renewals_leave_one_lifetime_and_only_the_named_sessions(vast, worker):
     assert await renew(worker) == (200, {"renewed": False, "reason": "no active session"})
-    stale = await session(vast, worker)
+    stale = await create(vast, worker)
     await release(worker, stale)
-    session_id = await session(vast, worker, lifetime=60)
+    session_id = await create(vast, worker, lifetime=60)
     for _ in range(10):
         status, answer = await renew(worker, session_id)
         assert (status, answer["renewed"], answer["session_id"]) == (200, True, session_id)
@@ -45,7 +45,7 @@ async def test_renewals_leave_one_lifetime_and_only_the_named_sessions(vast, wor
 )
 @pytest.mark.parametrize("path", ["/renew", "/release"])
 async def test_a_misspelt_fence_renews_and_ends_nothing(vast, worker, path, query):
-    session_id = await session(vast, worker)
+    session_id = await create(vast, worker)
     before = (await lease(worker))["time_to_live"]
     assert await post(f"{worker.control_url}{path}{query}") == (
         400,
@@ -59,9 +59,9 @@ async def test_a_misspelt_fence_renews_and_ends_nothing(vast, worker, path, quer
 async def test_a_session_lives_as_long_as_it_is_renewed_and_a_ping_is_not_undone(vast):
     renewed, left, pinged = vast.workers.values()
     start, lifetime, auth = time.monotonic(), 4, vast.auth_data(pinged)
-    session_id = await session(vast, renewed, lifetime=lifetime)
-    await session(vast, left, lifetime=lifetime)
-    extended = await session(vast, pinged, auth=auth, lifetime=lifetime)
+    session_id = await create(vast, renewed, lifetime=lifetime)
+    await create(vast, left, lifetime=lifetime)
+    extended = await create(vast, pinged, auth=auth, lifetime=lifetime)
     ping = {"auth_data": auth, "session_id": extended, "payload": {}}
     for _ in range(3):
         assert (await post(f"{pinged.url}/ping", json=ping))[0] == 200
@@ -84,7 +84,7 @@ async def test_a_consumer_sees_its_reservation(vast, worker):
         await lease(worker, "?wait=1.5") == {"session_id": None}
         and 1.4 < time.monotonic() - start < 10
     )
-    session_id = await session(vast, worker, lifetime=60)
+    session_id = await create(vast, worker, lifetime=60)
     for query in ("", "?wait=0", "?wait=30"):  # at once
         seen = await lease(worker, query)
         assert seen == {"session_id": session_id, "time_to_live": seen["time_to_live"]}
@@ -100,7 +100,7 @@ async def test_a_hundred_waiting_consumers_hold_up_nothing_and_are_all_told(vast
     assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
     assert (await release(worker))[1] == {"released": False, "reason": "no active session"}
     assert time.monotonic() - start < 10 and not any(task.done() for task in waiting)
-    session_id = await session(vast, worker)
+    session_id = await create(vast, worker)
     start = time.monotonic()
     assert {answer["session_id"] for answer in await asyncio.gather(*waiting)} == {session_id}
     assert time.monotonic() - start < 5  # 1 by the contract, on a machine that isn't full of tests
@@ -113,7 +113,7 @@ async def test_a_hundred_waiting_consumers_hold_up_nothing_and_are_all_told(vast
 
 async def test_a_look_that_waits_is_answered_when_the_session_has_ended(vast, worker):
     auth = vast.auth_data(worker)
-    session_id = await session(vast, worker, auth=auth)
+    session_id = await create(vast, worker, auth=auth)
     about, url = {"session_id": session_id, "session_auth": auth}, f"{worker.url}/session/get"
 
     async def look(**options):
@@ -144,7 +144,7 @@ async def test_a_look_that_waits_is_told_of_the_end_when_the_worker_is_stopped(v
     async with server(callbacks.route) as origin:
         worker = await fresh(vast)
         auth = vast.auth_data(worker)
-        session_id = await session(vast, worker, auth=auth, on_close_route=f"{origin}/closed")
+        session_id = await create(vast, worker, auth=auth, on_close_route=f"{origin}/closed")
         look = {"session_id": session_id, "session_auth": auth, "wait": 30}
         looking = [
             asyncio.create_task(post(f"{worker.url}/session/get", json=look)) for _ in range(10)

@@ -18,7 +18,7 @@ from tests.malformed import DOORS
 from tests.waiting import eventually
 from tests.worker import (
     cpu_seconds,
-    created,
+    create,
     driver,
     fresh,
     honest_requests,
@@ -115,7 +115,7 @@ async def test_out_of_open_files_a_worker_stays_well_and_its_log_small(vast, tmp
         await asyncio.sleep(2.5)  # some health checks
         for _, writer in idle:
             writer.close()
-        await eventually(lambda: created(vast, worker))
+        await eventually(lambda: create(vast, worker))
         assert worker.report["error_msg"] == "" and len(lines_since(worker, logged)) < 10_000
         assert "Traceback" not in lines_since(worker, logged)
     await killed(worker)

@@ -7,13 +7,12 @@ import re
 import signal
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from null_client import NotReserved, reserve
 from null_local import LocalVast, hold_port
 from tests.command import Command
-from tests.http import request
+from tests.http import listens
 from tests.processes import processes_of
 from tests.reservation import endpoint_of, worker_at
 from tests.waiting import eventually
@@ -26,30 +25,20 @@ def control_urls(command):
     return re.findall(r"control (http\S+)", "\n".join(command.lines))
 
 
-async def gone(url):
-    """Whether nothing listens there any more.
-
-    Each worker's control server lives as long as its process.
-    """
-    try:
-        await request("GET", f"{url}/health")
-    except aiohttp.ClientError:
-        return True
-
-
 @pytest.mark.parametrize("how", ["end", "SIGINT", "SIGTERM", "SIGKILL"])
 async def test_a_local_run_leaves_no_worker_behind_however_it_ends(how):
     async with Command("--local", "--hold", "1" if how == "end" else "inf") as command:
         await command.says("#1 held")
         url = control_urls(command)[-1]  # of the one that is held
-        assert command.errors == [] and not await gone(url)
+        port = int(url.rpartition(":")[2])
+        assert command.errors == [] and listens(port)
         if how == "SIGINT":
             os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
         elif how != "end":
             command.process.send_signal(signal.Signals[how])
         expected = {"end": 0, "SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}[how]
         assert await command.status() == expected
-        await eventually(lambda: gone(url), timeout=10)
+        await eventually(lambda: not listens(port), timeout=10)
 
 
 async def test_localvast_stops_its_workers_after_an_exception():

@@ -16,7 +16,7 @@ from tests.http import on_the_wire, post, request
 from tests.malformed import WIRE
 from tests.reservation import endpoint_of
 from tests.waiting import eventually
-from tests.worker import WORKERS, release, session
+from tests.worker import WORKERS, create, ready, release, until
 
 pytestmark = pytest.mark.anyio
 
@@ -61,18 +61,18 @@ async def test_its_answers_look_like_vasts():
         assert await route(1) == {"endpoint": "local", "status": "1 MODEL_LOADING"}
         vast.forgetful = False
         (worker,) = vast.workers.values()
-        await eventually(lambda: worker.state == "IDLE")
-        ready = await route(1)
+        await ready(worker)
+        routed = await route(1)
         names = ["__request_id", "cost", "endpoint", "reqnum", "request_idx", "signature", "url"]
-        assert sorted(ready) == names and (ready["reqnum"], ready["request_idx"]) == (1, 1)
-        await session(vast, worker, auth=ready)
-        await eventually(lambda: worker.report["cur_load"] == 100)
+        assert sorted(routed) == names and (routed["reqnum"], routed["request_idx"]) == (1, 1)
+        await create(vast, worker, auth=routed)
+        await until(worker, lambda: worker.report["cur_load"] == 100)
         assert (await route(0))["request_idx"] == 2
         # Its place is kept for half a second.
         await eventually(lambda: time.monotonic() > vast.waiting[2])
         assert (await route(0))["request_idx"] == 3
         await release(worker)
-        await eventually(lambda: worker.free)
+        await until(worker, lambda: worker.free)
         again = await route(3)
         # 2 is forgotten, and the number is the worker's own.
         assert (again["url"], again["reqnum"]) == (worker.url, 2)

@@ -8,8 +8,9 @@ import aiohttp
 import pytest
 
 import null_worker
+from null_worker import CALLBACK, ROUTES, TEXT
 from tests.http import on_the_wire
-from tests.malformed import DOORS, NASTY, READS, WIRE, good
+from tests.malformed import DOORS, NASTY, WIRE, put, well_formed
 from tests.worker import lines_since, release
 
 pytestmark = pytest.mark.anyio
@@ -20,12 +21,9 @@ async def test_nothing_that_a_stranger_sends_starts_a_line_of_the_log(vast, work
     async with aiohttp.ClientSession() as http:
         for port, path in DOORS:
             url = f"http://127.0.0.1:{getattr(worker, port)}{path}"
-            for named, kind in READS[path].items():
-                body = good(vast, worker, path)
-                *parents, name = named.split(".")
-                (body[parents[0]] if parents else body)[name] = (
-                    NASTY if kind != "route" else "/" + NASTY
-                )
+            for field, kind in ROUTES[path].items():
+                body = well_formed(vast, worker, path)
+                put(body, field, NASTY if kind is not CALLBACK else "/" + NASTY)
                 options = {
                     "params": {NASTY: NASTY},
                     "headers": {
@@ -38,7 +36,7 @@ async def test_nothing_that_a_stranger_sends_starts_a_line_of_the_log(vast, work
                     if response.status == 201:
                         assert (await release(worker))[1]["released"]
                 # The log names a refused signature once a second only: let each of them be the one.
-                if named.startswith("auth_data.") and kind is str:
+                if field.startswith("auth_data.") and kind is TEXT:
                     await asyncio.sleep(1.05)
         for port in (worker.port, worker.http_port):
             for sent in WIRE:

@@ -9,17 +9,18 @@ from aiohttp import web
 import null_client
 from null_client import WorkerLost, reserve
 from null_local import hold_port
-from tests.reservation import endpoint_of, expiration, holder
-from tests.stub import LOOK, PING, first, stubbed
+from null_worker import LOOK, PING
+from tests.reservation import endpoint_of, expiration, worker_at
+from tests.stub import stubbed, truth
 from tests.waiting import eventually
-from tests.worker import exit_status
+from tests.worker import killed
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_a_worker_that_freezes_for_less_than_its_time_to_live_is_not_given_up(vast):
     async with endpoint_of(vast) as endpoint, reserve(endpoint, lifetime=6) as reservation:
-        worker = holder(vast, reservation)
+        worker = worker_at(vast, reservation.url)
         worker.process.send_signal(signal.SIGSTOP)
         try:
             await eventually(lambda: reservation.unreachable)
@@ -43,9 +44,8 @@ async def test_a_worker_that_is_killed_is_lost(vast, lifetime, bound):
         start = time.monotonic()
         with pytest.raises(WorkerLost, match="can't be reached"):
             async with reserve(endpoint, lifetime=lifetime) as reservation:
-                worker = holder(vast, reservation)
-                worker.process.kill()
-                await exit_status(worker)
+                worker = worker_at(vast, reservation.url)
+                await killed(worker)
                 with hold_port(worker.port):
                     await reservation.ended()
         assert time.monotonic() - start < bound
@@ -55,9 +55,8 @@ async def test_another_server_at_the_workers_address_is_not_taken_for_it(vast):
     async with endpoint_of(vast) as endpoint:
         with pytest.raises(WorkerLost, match="HTTP 404"):
             async with reserve(endpoint, lifetime=3) as reservation:
-                worker = holder(vast, reservation)
-                worker.process.kill()
-                await exit_status(worker)
+                worker = worker_at(vast, reservation.url)
+                await killed(worker)
                 runner = web.AppRunner(web.Application(), shutdown_timeout=0.1)
                 await runner.setup()
                 try:
@@ -80,7 +79,7 @@ async def test_a_lost_worker_that_is_back_at_the_end_of_the_block_is_told_to_clo
                     await reservation.ended()
                 finally:
                     assert session.expiration - time.time() > 2
-                    stub.fate = first(route="")
+                    stub.fate = truth
         assert stub.left() == []
 
 
@@ -90,8 +89,7 @@ async def test_looks_that_are_refused_now_and_then_are_no_end(monkeypatch):
         stub.waits = False
         for _ in range(3):  # two to four looks each; five in a row would be the end
             await eventually(lambda: stub.times(LOOK))
-            for connection in list(stub._connections):
-                connection.cancel()
+            stub.drop_connections()
             await stub.absent(0.7)
             assert reservation.unreachable
             await eventually(lambda: not reservation.unreachable, timeout=5)
@@ -101,10 +99,9 @@ async def test_a_worker_that_is_back_is_seen_at_once():
     async with stubbed() as (stub, endpoint), reserve(endpoint, lifetime=60) as reservation:
         await eventually(lambda: stub.times(LOOK))
         stub.fate = lambda route, _: (502, b"") if route == LOOK else None
-        for connection in list(stub._connections):
-            connection.cancel()
+        stub.drop_connections()
         await eventually(lambda: reservation.unreachable)
-        stub.fate = lambda route, _: None
+        stub.fate = truth
         await eventually(lambda: not reservation.unreachable, timeout=6)
 
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from null_client import NotReserved, WorkerLost, reserve
-from tests.stub import CREATE, END, GONE, LOOK, PING, ROUTE, first, stubbed
+from null_worker import CREATE, END, LOOK, PING
+from tests.stub import GONE, ROUTE, first, stubbed
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.anyio

@@ -44,7 +44,9 @@ async def test_those_in_front_poll_every_second_also_while_a_crowd_arrives():
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting)
-        polls = Counter(query["request_idx"] for query in stub.said(ROUTE) if query["request_idx"])
+        polls = Counter(
+            query["request_idx"] for query in stub.messages(ROUTE) if query["request_idx"]
+        )
         assert sum(times >= 3 for times in polls.values()) >= 16, polls
         assert len(stub.times(ROUTE)) <= 5 * 60
 
@@ -85,7 +87,7 @@ async def test_a_request_keeps_its_place_by_what_it_says_to_the_router():
         await eventually(lambda: len(stub.times(ROUTE)) == 5)
         waiting.cancel()
         await asyncio.wait({waiting})
-        queries = stub.said(ROUTE)
+        queries = stub.messages(ROUTE)
     # Whole numbers, as the SDK's.
     assert repr([query["request_idx"] for query in queries]) == "[0, 1, 1, 1, 1]"
     assert all(query["replay_timeout"] >= 60 for query in queries)
@@ -95,7 +97,9 @@ async def test_those_behind_move_up_at_once_when_those_in_front_leave():
     async with stubbed() as (stub, endpoint):
         stub.free = False
         waiting = [asyncio.create_task(reserve(endpoint).__aenter__()) for _ in range(40)]
-        await eventually(lambda: sum(query["request_idx"] == 0 for query in stub.said(ROUTE)) == 40)
+        await eventually(
+            lambda: sum(query["request_idx"] == 0 for query in stub.messages(ROUTE)) == 40
+        )
         for task in waiting[:16]:
             task.cancel()
         await asyncio.wait(waiting[:16])

@@ -20,7 +20,7 @@ from null_local import LocalVast
 from tests.environment import BARE, HERE, installed, readme
 from tests.http import request, server
 from tests.waiting import eventually
-from tests.worker import fresh, is_free, release, session
+from tests.worker import create, fresh, is_free, release, until
 
 with contextlib.suppress(ImportError):
     import redis.asyncio
@@ -357,7 +357,7 @@ async def test_a_consumer_pulls_only_while_it_is_reserved(tmp_path, language):
     async with Farm(tmp_path, language, max_workers=1, idle=60) as farm:
         worker = await fresh(farm.vast)
         await farm.put(*({"id": n, "task": "some"} for n in range(3)))
-        first = await session(farm.vast, worker)
+        first = await create(farm.vast, worker)
         await eventually(farm.started)
         assert (await release(worker))[1]["released"]
         stale = await request("POST", f"{worker.control_url}/renew?session_id={first}")
@@ -365,7 +365,7 @@ async def test_a_consumer_pulls_only_while_it_is_reserved(tmp_path, language):
         await eventually(lambda: farm.has(results=1))
         await eventually(farm.no_lease)  # it knows
         assert await farm.started() == {0: 1} and await farm.queue.llen("jobs") == 2
-        await session(farm.vast, worker)
+        await create(farm.vast, worker)
         await eventually(lambda: farm.has(results=3))
         await eventually(farm.no_lease)
         assert (await release(worker))[1] == {"released": False, "reason": "no active session"}
@@ -377,10 +377,10 @@ async def test_a_consumer_that_loses_redis_releases(tmp_path, language):
     async with Farm(tmp_path, language, max_workers=1, idle=60) as farm:
         worker = await fresh(farm.vast)
         await farm.put({"id": 0, "task": "some"})
-        await session(farm.vast, worker)
+        await create(farm.vast, worker)
         await eventually(farm.started)
         await farm.kill(farm.redis)
-        await eventually(lambda: is_free(f"{worker.control_url}/session"), timeout=20)
+        await eventually(lambda: is_free(worker), timeout=20)
 
 
 @recipes
@@ -417,8 +417,7 @@ async def test_the_job_of_a_consumer_that_is_killed_runs_again(tmp_path, languag
         if language == "sh":
             await eventually(farm.work_is_gone)
         if back == "later":
-            about = f"{worker.control_url}/session"
-            await eventually(lambda: is_free(about), timeout=15)  # nobody renews it any more
+            await eventually(lambda: is_free(worker), timeout=15)  # nobody renews it any more
             farm.supervise = True
         await farm.settled(JOBS)
         # It finds what its predecessor had in hand by itself.
@@ -536,7 +535,7 @@ async def test_the_raw_http_recipe_keeps_its_place_whatever_it_is_answered(tmp_p
                         assert answer.status == 201
                     vast.overbooked = True
                     routed = worker.routed
-                    await eventually(lambda: worker.routed >= routed + 2)
+                    await until(worker, lambda: worker.routed >= routed + 2)
                     vast.overbooked = False
                     assert (await request("POST", f"{worker.control_url}/release"))[0] == 200
                 output, _ = await asyncio.wait_for(process.communicate(), 30)

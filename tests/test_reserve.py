@@ -14,10 +14,11 @@ import time
 import pytest
 
 from null_client import NotReserved, reserve
+from null_worker import CREATE
 from tests.autoscaler import statuses
 from tests.environment import BARE, HERE
-from tests.reservation import endpoint_of, holder
-from tests.stub import CREATE, ROUTE, first, stubbed
+from tests.reservation import endpoint_of, worker_at
+from tests.stub import ROUTE, first, stubbed, truth
 from tests.waiting import eventually
 from tests.worker import WORKERS, release
 
@@ -32,7 +33,7 @@ async def test_a_reservation_that_waits_gets_the_worker_that_becomes_free(vast):
         await eventually(lambda: vast.polls > 3)
         assert not waiting.done()
         start = time.monotonic()
-        await release(holder(vast, first))
+        await release(worker_at(vast, first.url))
         assert (await asyncio.wait_for(waiting, 20)).url == first.url
         assert time.monotonic() - start < 10  # about 1 for the worker's report and 1 for the poll
 
@@ -115,7 +116,7 @@ async def test_the_last_failure_is_in_the_exception():
             NotReserved, match=r"no worker within 1.5 s; at last: .*HTTP 429.*occupied"
         ):
             await reserve(endpoint, wait=1.5).__aenter__()
-        stub.fate, stub.free = first(route=""), False
+        stub.fate, stub.free = truth, False
         with pytest.raises(NotReserved, match=r"no worker within 1.5 s$"):
             await reserve(endpoint, wait=1.5).__aenter__()
 
@@ -224,7 +225,7 @@ async def test_what_the_caller_asks_for_reaches_the_router_and_the_worker():
     async with stubbed() as (stub, endpoint):
         async with reserve(endpoint, 250, 77, on_close_route="/done", on_close_payload={"job": 7}):
             pass
-        (query,), (message,) = stub.said(ROUTE), stub.said(CREATE)
+        (query,), (message,) = stub.messages(ROUTE), stub.messages(CREATE)
     assert (query["cost"], query["endpoint"], query["api_key"]) == (250, "stub", "key")
     assert message["payload"] == {
         "lifetime": 77,

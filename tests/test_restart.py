@@ -6,8 +6,7 @@ import pytest
 
 from null_local import LocalVast
 from tests.http import Callbacks, server
-from tests.waiting import eventually
-from tests.worker import driver, exit_status, fresh, killed, session, successor
+from tests.worker import create, driver, exit_status, fresh, killed, ready, successor, until
 
 pytestmark = pytest.mark.anyio
 
@@ -20,13 +19,13 @@ async def test_restarted_three_times_with_a_session_open_it_is_ready_each_time(v
     async with server(callbacks.route) as origin:
         worker = await fresh(vast, script=script)
         for _ in range(3):
-            await session(vast, worker, on_close_route=f"{origin}/closed")
+            await create(vast, worker, on_close_route=f"{origin}/closed")
             worker.process.terminate()
             heir = successor(vast, worker, script=script)
-            await eventually(lambda heir=heir: heir.state == "IDLE")
+            await ready(heir)
             assert worker.process.returncode == 0
             worker = heir
-        await session(vast, worker)
+        await create(vast, worker)
         callbacks.let_go.set()
         await killed(worker)
     assert len(callbacks.bodies) == 3 and not any(report["error_msg"] for report in vast.reports)
@@ -34,12 +33,12 @@ async def test_restarted_three_times_with_a_session_open_it_is_ready_each_time(v
 
 async def test_a_killed_worker_is_ready_again_on_its_ports(vast):
     worker = await fresh(vast)
-    await session(vast, worker)
+    await create(vast, worker)
     worker.process.kill()
     heir = successor(vast, worker)
-    await eventually(lambda: heir.state == "IDLE")
+    await ready(heir)
     assert heir.url == worker.url and not heir.report["error_msg"]
-    await session(vast, heir)
+    await create(vast, heir)
     await killed(heir)
 
 
@@ -52,6 +51,6 @@ async def test_a_port_that_stays_taken_is_the_workers_error(tmp_path):
             workers.append(vast.start_worker(script=script))
             setattr(workers[-1], name, int(origin.rpartition(":")[2]))
         for worker in workers:
-            await eventually(lambda worker=worker: worker.report.get("error_msg"))
+            await until(worker, lambda worker=worker: worker.report.get("error_msg"))
             assert "address already in use" in worker.report["error_msg"].lower()
             assert await exit_status(worker) == 0

@@ -12,7 +12,8 @@ import pytest
 
 from null_client import NotReserved, WorkerLost, reserve
 from null_local import LocalClient
-from tests.stub import CREATE, Stub
+from null_worker import CREATE
+from tests.stub import Stub
 from tests.waiting import eventually
 from tests.worker import release
 

@@ -5,21 +5,27 @@ import time
 
 import aiohttp
 
+from tests.http import Refused
 
-async def eventually(condition, timeout=60.0):
+
+async def eventually(condition, timeout=60.0, epitaph=lambda: None):
     """Wait for the condition to hold, and return what it gave.
 
-    Who can't be asked has not said yes.
+    Who can't be asked has not said yes, nor has one who refuses. `epitaph` says why the condition
+    can't come true any more; then this fails at once, with that text.
     """
     deadline = time.monotonic() + timeout
     while True:
+        why = "the condition did not come true in time"
+        over = epitaph()  # before the condition: what was done just before the end counts
         result = condition()
         if asyncio.iscoroutine(result):
             try:
                 result = await result
-            except aiohttp.ClientError:
-                result = None
+            except (aiohttp.ClientError, Refused) as error:
+                result, why = None, f"{why}: {error!r}"
         if result:
             return result
-        assert time.monotonic() < deadline, "the condition did not come true in time"
+        assert over is None, over
+        assert time.monotonic() < deadline, why
         await asyncio.sleep(0.02)

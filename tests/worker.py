@@ -12,45 +12,76 @@ import aiohttp
 
 from null_local import LocalWorker
 from tests.environment import HERE
-from tests.http import post, request
+from tests.http import Refused, post, request
 from tests.waiting import eventually
 
 WORKERS = 3
 
 
-async def create(vast, worker, auth=None, lifetime=60, **payload):
-    body = {
-        "auth_data": auth or vast.auth_data(worker),
-        "payload": {"lifetime": lifetime, **payload},
-    }
-    return await post(f"{worker.url}/session/create", json=body)
+async def create(vast, worker, auth=None, lifetime=60, expected=201, **payload):
+    """The id of a new session; where a refusal is expected, what that says.
 
-
-async def session(vast, worker, **payload):
-    status, answer = await create(vast, worker, **payload)
-    assert status == 201, (status, answer)
-    return answer["session_id"]
+    Raises Refused for another status than the expected one.
+    """
+    auth_data = auth or vast.auth_data(worker)
+    body = {"auth_data": auth_data, "payload": {"lifetime": lifetime, **payload}}
+    status, answer = await post(f"{worker.url}/session/create", json=body)
+    if status != expected:
+        raise Refused(status, answer)
+    return answer["session_id"] if status == 201 else answer
 
 
 async def release(worker, session_id=None):
+    return await _tell_control_server(worker, "/release", session_id)
+
+
+async def renew(worker, session_id=None):
+    return await _tell_control_server(worker, "/renew", session_id)
+
+
+async def _tell_control_server(worker, path, session_id):
     query = "" if session_id is None else f"?session_id={session_id}"
-    return await post(f"{worker.control_url}/release{query}")
+    return await post(f"{worker.control_url}{path}{query}")
+
+
+async def lease(worker, query=""):
+    status, _, answer = await request("GET", f"{worker.control_url}/session{query}")
+    assert status == 200
+    return answer
+
+
+async def is_free(worker):
+    try:
+        return (await lease(worker))["session_id"] is None
+    except aiohttp.ClientError:
+        return True  # free for so long that it was stopped
+
+
+def epitaph(worker):
+    """How the worker's process ended, with the end of its log; None while it hasn't."""
+    if worker.process is None or worker.process.returncode is None:
+        return None
+    log = worker.log.read_text(errors="replace") if worker.log.exists() else "(no log)"
+    last = "\n".join(log.splitlines()[-15:])
+    return f"the worker ended with status {worker.process.returncode}; the end of its log:\n{last}"
+
+
+async def until(worker, condition, timeout=60.0):
+    """Wait for the condition, which can't come true once the worker's process has died."""
+    return await eventually(condition, timeout, lambda: epitaph(worker))
+
+
+async def ready(worker):
+    await until(worker, lambda: worker.state == "IDLE")
+    return worker
 
 
 async def fresh(vast, environment=None, **options) -> LocalWorker:
-    worker = vast.start_worker(environment, **options)
-    await eventually(lambda: worker.state == "IDLE")
-    return worker
+    return await ready(vast.start_worker(environment, **options))
 
 
 async def exit_status(worker, timeout=20.0):
     return await asyncio.wait_for(worker.process.wait(), timeout)
-
-
-async def created(vast, worker):
-    status, _ = await create(vast, worker)
-    assert status in (201, 429, 503)
-    return status == 201
 
 
 async def drained(worker, number=signal.SIGTERM):
@@ -58,11 +89,6 @@ async def drained(worker, number=signal.SIGTERM):
     start = time.monotonic()
     worker.process.send_signal(number)
     return await exit_status(worker), time.monotonic() - start
-
-
-async def reachable(worker):
-    with contextlib.suppress(aiohttp.ClientError):
-        return (await request("GET", f"{worker.control_url}/health"))[0] == 200
 
 
 def driver(folder, *lines):
@@ -87,7 +113,7 @@ async def honest_requests(vast, worker):
     async def go_on():
         while not over.is_set() or not seconds:
             start = time.monotonic()
-            session_id = await session(vast, worker)
+            session_id = await create(vast, worker)
             assert await release(worker) == (200, {"released": True, "session_ids": [session_id]})
             seconds.append(time.monotonic() - start)
 
@@ -102,14 +128,9 @@ async def honest_requests(vast, worker):
 
 
 def memory(worker, what):
-    return (
-        int(
-            re.search(
-                rf"{what}:\s+(\d+) kB", Path(f"/proc/{worker.process.pid}/status").read_text()
-            )[1]
-        )
-        >> 10
-    )
+    """MiB, of a line of the process's status."""
+    status = Path(f"/proc/{worker.process.pid}/status").read_text()
+    return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) >> 10
 
 
 def cpu_seconds(worker):
@@ -127,24 +148,6 @@ def successor(vast, worker, **options):
     # Its process starts one step of the loop later.
     heir.port, heir.http_port, heir.control_port = worker.ports
     return heir
-
-
-async def lease(worker, query=""):
-    status, _, answer = await request("GET", f"{worker.control_url}/session{query}")
-    assert status == 200
-    return answer
-
-
-async def renew(worker, session_id=None):
-    return await post(
-        f"{worker.control_url}/renew{'' if session_id is None else f'?session_id={session_id}'}"
-    )
-
-
-async def is_free(url):
-    with contextlib.suppress(aiohttp.ClientError):
-        return (await request("GET", url))[2]["session_id"] is None
-    return True  # free for so long that it was stopped
 
 
 def thread_count(worker):
