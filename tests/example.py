@@ -14,9 +14,7 @@ group they make for themselves.
 
 import contextlib
 import os
-import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,9 +24,9 @@ from pathlib import Path
 
 import psutil
 
-HERE = Path(__file__).parent.parent
+from tests.environment import BARE, HERE
+
 MARK = "EXAMPLE_OF_THE_TEST"
-OF_VAST = re.compile("VAST|NULL_|BACKEND_")
 # As in a shell in which the environment of these tests is active.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
@@ -47,7 +45,7 @@ def server(program, *arguments, variables=None):
         port = held.getsockname()[1]
         process = subprocess.Popen(
             [which(program), *(argument.format(port=port) for argument in arguments)],
-            env={**os.environ, "PATH": PATH, **(variables or {})},
+            env={**BARE, "PATH": PATH, **(variables or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -76,7 +74,7 @@ class Example:
         self.folder = HERE / "examples" / name
         self.mark = uuid.uuid4().hex
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not OF_VAST.match(name)},
+            **BARE,
             "PATH": PATH,
             MARK: self.mark,
             **variables,
@@ -104,13 +102,50 @@ class Example:
         return tuple(int(number) for number in line.split())
 
     @contextlib.contextmanager
+    def consumer(self):
+        """The consumer alone, as somebody would start it by hand; killed at the end."""
+        process = subprocess.Popen(
+            [self.folder / "consumer"],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield process
+        finally:
+            self.kill()
+            process.wait()
+
+    def processes(self):
+        """All that live of those that were started with this example's variables."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark:
+                    found.append(process)
+        return found
+
+    def kill(self):
+        """Leave none of them behind."""
+        while processes := self.processes():
+            kill(*processes)
+            time.sleep(0.05)
+
+    def until(self, condition, timeout=60.0):
+        """Wait for the condition to hold, and return what it gave."""
+        return _wait_for(condition, timeout, lambda: True, lambda: self.name)
+
+    @contextlib.contextmanager
     def command(self, folder, *options, **variables):
         """The two lines of this example with `--local`; what it says goes to a file in `folder`."""
         run = Run(self, folder, options, variables)
         try:
             yield run
         finally:
-            run.end()
+            run.process.kill()
+            run.process.wait()
+            self.kill()
 
 
 class Run:
@@ -133,25 +168,17 @@ class Run:
                 start_new_session=True,
             )
 
-    def processes(self):
-        """All that live of those that the run has started."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.example.mark:
-                    found.append(process)
-        return found
-
     def workers(self):
         """The processes of `null_worker.py`; the most that there were at once are kept in mind."""
-        workers = [process for process in self.processes() if _runs(process, "null_worker.py")]
+        processes = self.example.processes()
+        workers = [process for process in processes if _runs(process, "null_worker.py")]
         self.most_workers = max(self.most_workers, len(workers))
         return workers
 
     def consumers(self):
         """The processes of each COMMAND that runs, by its session."""
         found = {}
-        for process in self.processes():
+        for process in self.example.processes():
             with contextlib.suppress(psutil.Error):
                 session_id = process.environ().get("NULL_SESSION_ID")
                 if session_id:
@@ -191,14 +218,6 @@ class Run:
     def said(self):
         """What the command said so far."""
         return self.log.read_text(errors="replace")
-
-    def end(self):
-        """Leave no process behind, whichever way the test ended."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        while processes := self.processes():
-            kill(*processes)
-            time.sleep(0.05)
 
 
 def kill(*processes):
