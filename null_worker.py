@@ -1,20 +1,22 @@
-"""The Null PyWorker: Vast Serverless starts and stops this GPU instance, and forwards nothing to it.
+"""The Null PyWorker: Vast Serverless starts and stops this instance, and forwards nothing to it.
 
-A reservation is one session of Vast's worker framework, at most one at a time. A dispatcher opens it and so gets the
-whole instance; a consumer on the instance works, and tells the control server to renew or to release it. It ends also
-when the dispatcher closes it, when nobody has renewed it for its lifetime, or when this process is asked to stop.
+A reservation is one session of Vast's worker framework, at most one at a time. A dispatcher opens
+it and so gets the whole instance; a consumer on the instance works, and tells the control server to
+renew or to release it. It ends also when the dispatcher closes it, when nobody has renewed it for
+its lifetime, or when this process is asked to stop.
 
 On a Vast instance: python null_worker.py. Anywhere else: python null_client.py --local
 """
 
-import _thread
 import asyncio
 import concurrent.futures
 import contextlib
+import enum
 import errno
 import importlib.metadata
 import json
 import logging
+import operator
 import os
 import re
 import resource
@@ -25,135 +27,240 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from http.server import BaseHTTPRequestHandler
-from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import SplitResult, parse_qs, urljoin, urlsplit
 
 import aiohttp
 from aiohttp import web
 
-PERFORMANCE = 100  # one session of cost 100 is one worker; 99.9 would make the autoscaler round up to one more
-MAX_COST = 1_000_000  # the signature doesn't cover it, and sums of huge ones would overflow in the reports
-MAX_BODY = 1 << 20  # bytes of a request, before and after decompression
-MAX_VALUES = 10_000  # in a request: a million small ones would take a hundred times its memory
-MAX_TEXT = 4096  # bytes of a string in a request
-MAX_WAIT = 60  # seconds that a look or a consumer may wait for a change
-HEALTH_CHECK = 10.0  # seconds between two looks at a consumer that was well, and for one to be answered
-PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; its drain takes 8 at most
-IDLE_CONNECTION = 10.0  # seconds of silence after which the control server drops a connection; for a body elsewhere
-CALLBACK_WAIT = aiohttp.ClientTimeout(total=10)  # seconds for an on_close callback
-CALLBACK_HEADER = "X-Null-Callback"  # by which the control server knows one: it may come late, and end the successor
-RELEASE_WAIT = 15.0  # seconds
-LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)  # a host, and maybe its port
-DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
 log = logging.getLogger("null_worker")
+door_log = logging.getLogger("null_worker.door")  # of what strangers do: at most a line a second
+
+
+# The settings
 
 
 class StartupError(Exception):
     """The worker can't start; the text is one line for a person."""
 
 
-class Settings(NamedTuple):
-    """Everything that the environment decides, checked."""
-
-    control_port: int
-    health_url: str | None = None  # of the consumer; None: the control server answers /health itself
-    host: str | None = None  # to listen on; None: every interface, as Vast needs
-    ports: tuple[int, int] = (3000, 3001)  # of the framework: WORKER_PORT, which the internet reaches; HTTP-only
-    start_timeout: float = 1800.0  # seconds that the consumer may take to its first healthy answer
-    unsecured: bool = False
-
-    @classmethod
-    def from_environment(cls, env: Mapping[str, str]) -> "Settings":
-        """Raise StartupError for the first bad value, or for all of Vast's variables that are missing."""
-        given = {"NULL_CONTROL_PORT": "18999", "BACKEND_START_TIMEOUT": "1800", "UNSECURED": "0", "WORKER_PORT": "3000"}
-        given.update((name, value) for name, value in env.items() if value)
-
-        def need(fine: object, name: str, wanted: str) -> None:
-            if not fine:
-                raise StartupError(f"{name} is {given[name]!r}, should be {wanted}")
-
-        def port(name: str) -> int:
-            need(re.fullmatch("[0-9]{1,5}", given[name]) and 1 <= int(given[name]) <= 65535, name, "a port, 1-65535")
-            return int(given[name])
-
-        control_port, worker_port = port("NULL_CONTROL_PORT"), port("WORKER_PORT")
-        given.setdefault("WORKER_HTTP_PORT", str(worker_port + 1))
-        if url := given.get("BACKEND_HEALTH_URL"):
-            parts = http_url(url)
-            need(parts, "BACKEND_HEALTH_URL", "an absolute http:// or https:// URL")
-            own = parts and LOOPBACK.fullmatch(parts.netloc.rpartition("@")[2]) and (parts.port or 80) == control_port
-            need(not own, "BACKEND_HEALTH_URL", "the consumer's own, not the control server's")
-        timeout, unsecured = given["BACKEND_START_TIMEOUT"], given["UNSECURED"].lower()
-        need(re.fullmatch(r"\d{1,7}(\.\d+)?", timeout) and float(timeout), "BACKEND_START_TIMEOUT", "seconds above 0")
-        need(re.fullmatch("y|yes|t|true|on|1|n|no|f|false|off|0", unsecured), "UNSECURED", "true or false")
-        mapped_port = f"VAST_TCP_PORT_{env.get('WORKER_PORT') or '<WORKER_PORT>'}"
-        needed = ("CONTAINER_ID", "PUBLIC_IPADDR", "REPORT_ADDR", "WORKER_PORT", mapped_port)
-        if missing := ", ".join(name for name in needed if not env.get(name)):
-            off_vast = "to run it off Vast: python null_client.py --local"
-            raise StartupError(f"not a Vast Serverless instance, {missing} not set; {off_vast}")
-        need(re.fullmatch("[0-9]+", given["CONTAINER_ID"]), "CONTAINER_ID", "a number")
-        port(mapped_port)
-        ports = worker_port, port("WORKER_HTTP_PORT")
-        need(ports[0] != ports[1], "WORKER_HTTP_PORT", "another port than WORKER_PORT")
-        need(control_port not in ports, "NULL_CONTROL_PORT", "another port than WORKER_PORT and WORKER_HTTP_PORT")
-        host = given["PUBLIC_IPADDR"] if LOOPBACK.fullmatch(given["PUBLIC_IPADDR"]) else None
-        return cls(control_port, url, host, ports, float(timeout), unsecured in ("y", "yes", "t", "true", "on", "1"))
+DEFAULTS = {
+    "NULL_CONTROL_PORT": "18999",
+    "BACKEND_START_TIMEOUT": "1800",
+    "UNSECURED": "false",
+    "WORKER_PORT": "3000",
+}
+TRUE = ("y", "yes", "t", "true", "on", "1")  # as the framework reads a switch
+FALSE = ("n", "no", "f", "false", "off", "0")
+LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)  # and a port
 
 
 def http_url(text: str) -> SplitResult | None:
     """The parts of an absolute http(s) URL; None for anything else."""
-    with contextlib.suppress(ValueError):
+    try:
         url = urlsplit(text)
-        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not re.search(r"\s", text):
-            return url
-    return None
+        port = url.port
+    except ValueError:
+        return None
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
+        return None
+    if re.search(r"\s", text):
+        return None
+    return url
+
+
+class _Environment:
+    """The variables that are set, over the defaults. An empty one counts as not set."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self.given = {name: value for name, value in env.items() if value}
+        self.values = {**DEFAULTS, **self.given}
+
+    def require(self, fine: object, name: str, wanted: str) -> None:
+        """Raise StartupError, which says what the variable should be, unless it is fine."""
+        if not fine:
+            raise StartupError(f"{name} is {self.values[name]!r}, should be {wanted}")
+
+    def port(self, name: str) -> int:
+        text = self.values[name]
+        is_port = re.fullmatch("[0-9]{1,5}", text) and 1 <= int(text) <= 65535
+        self.require(is_port, name, "a port, 1-65535")
+        return int(text)
+
+    def seconds(self, name: str) -> float:
+        text = self.values[name]
+        is_positive = re.fullmatch(r"[0-9]{1,7}(\.[0-9]+)?", text) and float(text) > 0
+        self.require(is_positive, name, "seconds above 0")
+        return float(text)
+
+    def switch(self, name: str) -> bool:
+        text = self.values[name].lower()
+        self.require(text in TRUE + FALSE, name, "true or false")
+        return text in TRUE
+
+    def health_url(self, name: str, control_port: int) -> str | None:
+        """The consumer's health URL, which must not be answered by the control server itself."""
+        text = self.values.get(name)
+        if text is None:
+            return None
+        url = http_url(text)
+        self.require(url, name, "an absolute http:// or https:// URL")
+        assert url is not None
+        host_and_port = url.netloc.rpartition("@")[2]
+        if LOOPBACK.fullmatch(host_and_port):
+            is_own = (url.port or 80) == control_port
+            self.require(not is_own, name, "the consumer's own, not the control server's")
+        return text
+
+    def require_instance(self) -> None:
+        """Raise StartupError, which names all variables of a Vast instance that are missing."""
+        mapped_port = f"VAST_TCP_PORT_{self.given.get('WORKER_PORT', '<WORKER_PORT>')}"
+        needed = ("CONTAINER_ID", "PUBLIC_IPADDR", "REPORT_ADDR", "WORKER_PORT", mapped_port)
+        missing = ", ".join(name for name in needed if name not in self.given)
+        if missing:
+            off_vast = "to run it off Vast: python null_client.py --local"
+            raise StartupError(f"not a Vast Serverless instance, {missing} not set; {off_vast}")
+        is_number = re.fullmatch("[0-9]+", self.values["CONTAINER_ID"])
+        self.require(is_number, "CONTAINER_ID", "a number")
+        self.port(mapped_port)
+
+
+class Settings(NamedTuple):
+    """Everything that the environment decides, checked."""
+
+    control_port: int
+    health_url: str | None = None  # of the consumer; None: the control server answers /health
+    host: str | None = None  # to listen on; None: every interface, as Vast needs
+    # Of the framework: WORKER_PORT, which the internet reaches, and the HTTP-only one.
+    ports: tuple[int, int] = (3000, 3001)
+    start_timeout: float = 1800.0  # seconds that the consumer may take to its first healthy answer
+    unsecured: bool = False  # whether unsigned requests are accepted
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> "Settings":
+        """Raise StartupError for the first bad value, or for all missing variables of Vast's."""
+        given = _Environment(env)
+        control_port = given.port("NULL_CONTROL_PORT")
+        worker_port = given.port("WORKER_PORT")
+        given.values.setdefault("WORKER_HTTP_PORT", str(worker_port + 1))
+        health_url = given.health_url("BACKEND_HEALTH_URL", control_port)
+        start_timeout = given.seconds("BACKEND_START_TIMEOUT")
+        unsecured = given.switch("UNSECURED")
+        given.require_instance()
+        http_port = given.port("WORKER_HTTP_PORT")
+        is_other = http_port != worker_port
+        given.require(is_other, "WORKER_HTTP_PORT", "another port than WORKER_PORT")
+        is_other = control_port not in (worker_port, http_port)
+        wanted = "another port than WORKER_PORT and WORKER_HTTP_PORT"
+        given.require(is_other, "NULL_CONTROL_PORT", wanted)
+        host = None
+        if LOOPBACK.fullmatch(given.values["PUBLIC_IPADDR"]):
+            host = given.values["PUBLIC_IPADDR"]
+        ports = (worker_port, http_port)
+        return cls(control_port, health_url, host, ports, start_timeout, unsecured)
+
+
+# The door: what requests to the framework's ports must be like
+
+MAX_BODY = 1 << 20  # bytes of a request, before and after decompression
+MAX_VALUES = 10_000  # in a request: a million small ones would take a hundred times its memory
+MAX_TEXT = 4096  # bytes of a string in a request
+MAX_COST = 1_000_000  # the signature doesn't cover it; sums of huge ones would overflow in reports
+MAX_LIFETIME = 30 * 24 * 3600  # seconds
+MAX_WAIT = 60  # seconds that a look or a consumer may wait for a change
+BODY_WAIT = 10.0  # seconds that a body may take to arrive
 
 
 class Field(NamedTuple):
+    """What a field of a request must be, in words and as a test."""
+
     must_be: str
     accepts: Callable[[Any], bool]
     default: object = None  # stands for a field that is not there
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return low <= value <= high
 
 
-TEXT = Field(
-    f"a string of at most {MAX_TEXT} bytes",
-    lambda value: isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) <= MAX_TEXT,
-)
-INTEGER = Field("an integer of 64 bits", lambda value: type(value) is int and -(1 << 63) <= value < 1 << 63)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) <= MAX_TEXT
+
+
+def _is_integer(value: object) -> bool:
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
+
+
+def _is_callback(value: Any) -> bool:
+    if value is None:
+        return True
+    return _is_text(value) and (value.startswith("/") or http_url(value) is not None)
+
+
+TEXT = Field(f"a string of at most {MAX_TEXT} bytes", _is_text)
+INTEGER = Field("an integer of 64 bits", _is_integer)
 COST = Field(f"a number from 0 to {MAX_COST}", lambda value: _is_number(value, 0, MAX_COST))
-WAIT = Field(f"a number of seconds from 0 to {MAX_WAIT}", lambda value: _is_number(value, 0, MAX_WAIT), 0)
-LIFETIME = Field("a finite number of seconds above 0", lambda value: _is_number(value, 1e-9, sys.float_info.max), 60.0)
-CALLBACK = Field(
-    "an http(s) URL or a path that begins with /",
-    lambda value: value is None or (TEXT.accepts(value) and (value[:1] == "/" or http_url(value) is not None)),
+WAIT = Field(
+    f"a number of seconds from 0 to {MAX_WAIT}",
+    lambda value: _is_number(value, 0, MAX_WAIT),
+    default=0,
 )
-OBJECT = Field("an object", lambda value: isinstance(value, dict))  # it may have other fields than those that are read
-SIGNED = {"cost": COST, "endpoint": TEXT, "reqnum": INTEGER, "request_idx": INTEGER, "signature": TEXT, "url": TEXT}
-AUTH_DATA = {"auth_data": OBJECT, **{f"auth_data.{name}": field for name, field in SIGNED.items()}}
-HELD = {"session_id": TEXT, "session_auth": OBJECT}
-CREATE, LOOK, END, PING, UPDATE = "/session/create", "/session/get", "/session/end", "/ping", "/pyworker/update"
+LIFETIME = Field(
+    f"a number of seconds above 0, at most {MAX_LIFETIME} (30 days)",
+    lambda value: _is_number(value, 1e-9, MAX_LIFETIME),
+    default=60.0,
+)
+CALLBACK = Field("an http(s) URL or a path that begins with /", _is_callback)
+OBJECT = Field("an object", lambda value: isinstance(value, dict))  # with further fields, if it has
+
+AUTH_DATA = {
+    "auth_data": OBJECT,
+    "auth_data.cost": COST,
+    "auth_data.endpoint": TEXT,
+    "auth_data.reqnum": INTEGER,
+    "auth_data.request_idx": INTEGER,
+    "auth_data.signature": TEXT,
+    "auth_data.url": TEXT,
+}
+SESSION = {"session_id": TEXT, "session_auth": OBJECT}
+
+CREATE = "/session/create"
+LOOK = "/session/get"
+END = "/session/end"
+HEALTH = "/session/health"
+PING = "/ping"
+UPDATE = "/pyworker/update"
+# Each route of the framework, and the fields that are read of its requests.
 ROUTES: dict[str, dict[str, Field]] = {
-    CREATE: {**AUTH_DATA, "payload": OBJECT, "payload.lifetime": LIFETIME, "payload.on_close_route": CALLBACK},
-    LOOK: {**HELD, "wait": WAIT},
-    END: HELD,
-    "/session/health": HELD,
-    PING: {**AUTH_DATA, "payload": OBJECT, "session_id": TEXT},  # without a session it would be load
-    UPDATE: {},
+    CREATE: {
+        **AUTH_DATA,
+        "payload": OBJECT,
+        "payload.lifetime": LIFETIME,
+        "payload.on_close_route": CALLBACK,
+    },
+    LOOK: {**SESSION, "wait": WAIT},
+    END: SESSION,
+    HEALTH: SESSION,
+    PING: {**AUTH_DATA, "payload": OBJECT, "session_id": TEXT},  # without a session it'd be load
+    UPDATE: {},  # the framework reads no more than a header
 }
 
 
 class Refusal(Exception):
-    """A request doesn't get in. The arguments: the status and the JSON that it is answered."""
+    """A request doesn't get in."""
+
+    def __init__(self, status: int, answer: dict[str, Any]) -> None:
+        super().__init__(status, answer)
+        self.status = status
+        self.answer = answer
 
 
 def problems(message: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, str]:
@@ -162,97 +269,192 @@ def problems(message: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[st
     for path, field in fields.items():
         parent, _, name = path.rpartition(".")
         holder = message.get(parent) if parent else message
-        if isinstance(holder, dict) and not field.accepts(holder.get(name, field.default)):
+        if not isinstance(holder, dict):
+            continue  # the parent is a field itself, and named
+        if not field.accepts(holder.get(name, field.default)):
             found[path] = f"must be {field.must_be}"
     return found
 
 
-async def read(route: str, request: web.Request) -> dict[str, Any]:
-    """The JSON of a request to one of ROUTES, bounded and checked; raises Refusal."""
+def parse(body: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The message in the body of a request, checked; raises Refusal."""
     found = {"body": "must be a JSON object in UTF-8"}
+    message = None
+    if body.count(b"{") + body.count(b"[") + body.count(b",") <= MAX_VALUES:
+        with contextlib.suppress(ValueError, RecursionError):
+            # UTF-8, whatever charset it names: some decoders take quadratic time.
+            message = json.loads(body.decode())
+    if isinstance(message, dict):
+        found = problems(message, fields)
+    if found:
+        raise Refusal(422, {"error": "invalid", "fields": found})
+    return message  # type: ignore[return-value]  # a dict, or found would not be empty
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The body of a request, inflated, and bounded in size and time; raises Refusal."""
+    too_large = Refusal(413, {"error": f"body over {MAX_BODY} bytes"})
+    unreadable = Refusal(422, {"error": "invalid", "fields": {"body": "must be readable"}})
     try:
-        body = await asyncio.wait_for(request.clone(client_max_size=MAX_BODY).read(), IDLE_CONNECTION)
-        if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):
-            body = zlib.decompressobj(wbits=47).decompress(body, MAX_BODY + 1)  # either header
-        if len(body) > MAX_BODY:
-            raise Refusal(413, {"error": f"body over {MAX_BODY} bytes"})
-        if route == UPDATE:  # the framework reads no more than a header
-            return {}
-        if sum(map(body.count, (b"{", b"[", b","))) > MAX_VALUES:
-            raise ValueError
-        message = json.loads(body.decode())  # UTF-8, whatever charset it names: some decoders take quadratic time
-        if isinstance(message, dict) and not (found := problems(message, ROUTES[route])):
-            return message
+        bounded = request.clone(client_max_size=MAX_BODY)
+        body = await asyncio.wait_for(bounded.read(), BODY_WAIT)
     except web.HTTPRequestEntityTooLarge:
-        raise Refusal(413, {"error": f"body over {MAX_BODY} bytes"}) from None
+        raise too_large from None
     except asyncio.TimeoutError:
-        raise Refusal(408, {"error": f"body not there within {IDLE_CONNECTION:g} s"}) from None
-    except (web.RequestPayloadError, zlib.error, ValueError, RecursionError):
-        pass
-    raise Refusal(422, {"error": "invalid", "fields": found})
+        raise Refusal(408, {"error": f"body not there within {BODY_WAIT:g} s"}) from None
+    except web.RequestPayloadError:
+        raise unreadable from None
+    if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):
+        try:
+            either_header = zlib.decompressobj(wbits=47)
+            body = either_header.decompress(body, MAX_BODY + 1)
+        except zlib.error:
+            raise unreadable from None
+    if len(body) > MAX_BODY:
+        raise too_large
+    return body
+
+
+# The control server: what the consumer asks for, and how it is answered
+
+IDLE_CONNECTION = 10.0  # seconds of silence after which the control server drops a connection
+MAX_REASON = 1024  # bytes
+CALLBACK_HEADER = "X-Null-Callback"  # marks an on_close callback
 
 
 class Answer(NamedTuple):
+    """What the control server answers."""
+
     status: int
     body: dict[str, Any]
     allow: str | None = None  # the methods, after a wrong one
 
 
-METHODS = {"/health": ("GET", "HEAD"), "/session": ("GET",), "/release": ("POST",), "/renew": ("POST",)}
+def _parse_wait(text: str | None) -> float:
+    if text is None:
+        return 0.0
+    seconds = float(text)
+    if not WAIT.accepts(seconds):
+        raise ValueError
+    return seconds
 
 
-def control(obey: Callable[[str, str | None, float], Answer], health_stub: bool, method: str, target: str) -> Answer:
-    """The answer to a request to the control server. `obey` takes what it wants: path, session id, seconds to wait."""
+def _parse_session_id(text: str | None) -> str | None:
+    return text  # an empty id, of a shell variable that isn't set, is one that is not active
+
+
+def _parse_reason(text: str | None) -> str:
+    if text is None or not text.strip() or len(text.encode()) > MAX_REASON:
+        raise ValueError
+    return text
+
+
+class Parameter(NamedTuple):
+    """The one parameter that the query of a route may have."""
+
+    name: str
+    must_be: str
+    parse: Callable[[str | None], Any]  # None: it isn't given. ValueError: it isn't what it must be
+
+
+class ControlRoute(NamedTuple):
+    """A route of the control server."""
+
+    methods: tuple[str, ...]
+    parameter: Parameter | None = None  # None: the query is ignored
+
+
+SESSION_ID = Parameter("session_id", "an id", _parse_session_id)
+CONTROL_ROUTES = {
+    "/health": ControlRoute(("GET", "HEAD")),
+    "/session": ControlRoute(("GET",), Parameter("wait", WAIT.must_be, _parse_wait)),
+    "/renew": ControlRoute(("POST",), SESSION_ID),
+    "/release": ControlRoute(("POST",), SESSION_ID),
+    "/broken": ControlRoute(
+        ("POST",),
+        Parameter("reason", f"a text of at most {MAX_REASON} bytes, not empty", _parse_reason),
+    ),
+}
+ControlFunction = Callable[[Any], Answer]  # what a route does, given its parameter
+
+
+def parse_query(query: str, parameter: Parameter) -> Any:
+    """The parameter's value. Raise Refusal for a wrong one, another one, or more than one."""
+    values = parse_qs(query, keep_blank_values=True)
+    texts = values.pop(parameter.name, [None])
+    if values or len(texts) > 1:  # a misspelt session_id must not end somebody else's session
+        raise Refusal(400, {"error": f"the only parameter is {parameter.name}, once"})
+    try:
+        return parameter.parse(texts[0])
+    except ValueError:
+        raise Refusal(400, {"error": f"{parameter.name} must be {parameter.must_be}"}) from None
+
+
+def control_request(functions: Mapping[str, ControlFunction], method: str, target: str) -> Answer:
+    """The answer to a request to the control server. `functions` has what each path does."""
     path, _, query = target.partition("?")
-    if path not in METHODS or (path == "/health" and not health_stub):
+    route = CONTROL_ROUTES.get(path)
+    function = functions.get(path)
+    if route is None or function is None:
         return Answer(404, {"error": "not found"})
-    if method not in METHODS[path]:
-        return Answer(405, {"error": f"use {METHODS[path][0]}"}, ", ".join(METHODS[path]))
-    if path == "/health":
-        return Answer(200, {"status": "ok"})
-    values, name = parse_qs(query, keep_blank_values=True), "wait" if path == "/session" else "session_id"
-    given = values.pop(name, [])
-    if values or len(given) > 1:  # a misspelt fence must not end somebody else's session
-        return Answer(400, {"error": f"the only parameter is {name}, once"})
-    if path != "/session":
-        return obey(path, given[0] if given else None, 0.0)  # an empty id is an id that is not active
-    wait = -1.0  # stands for what is no number
-    with contextlib.suppress(ValueError):
-        wait = float(given[0]) if given else 0.0
-    return obey(path, None, wait) if WAIT.accepts(wait) else Answer(400, {"error": f"wait must be {WAIT.must_be}"})
+    if method not in route.methods:
+        return Answer(405, {"error": f"use {route.methods[0]}"}, ", ".join(route.methods))
+    if route.parameter is None:
+        return function(None)
+    try:
+        value = parse_query(query, route.parameter)
+    except Refusal as refusal:
+        return Answer(refusal.status, refusal.answer)
+    return function(value)
 
 
 class ControlServer(socketserver.ThreadingTCPServer):
-    """A thread per connection: a slow release doesn't hold up `/health`. (http.server's own looks its host name up.)"""
+    """A thread per connection, so that a release that waits doesn't hold up `/health`."""
 
+    # Not http.server's ThreadingHTTPServer, which looks up the name of this host.
     allow_reuse_address = True
+    daemon_threads = True
     request_queue_size = 128
-    answer: Callable[[str, str], Answer]  # to a method and a target
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        _thread.start_new_thread(self.process_request_thread, (request, client_address))  # Thread.start() waits for it
+    def __init__(self, port: int, functions: Mapping[str, ControlFunction]) -> None:
+        """Bind to the port, on loopback only; raises OSError where it is taken."""
+        super().__init__(("127.0.0.1", port), ControlHandler)
+        self.functions = functions
+
+    def start(self) -> None:
+        """Serve in a thread for as long as the process lives."""
+        threading.Thread(target=self.serve_forever, name="control", daemon=True).start()
 
     def handle_error(self, request: object, client_address: object) -> None:
         log.debug("control connection failed: %r", sys.exc_info()[1])
 
 
 class ControlHandler(BaseHTTPRequestHandler):
+    """The HTTP around control_request()."""
+
     server: ControlServer
     timeout = IDLE_CONNECTION
     default_request_version = "HTTP/1.0"  # garbage gets a status line too
     error_content_type = "application/json"
     error_message_format = '{"error": "%(explain)s"}\n'
-    wbufsize = -1  # headers and body in one packet: two would meet Nagle's algorithm and a delayed acknowledgement
+    # Headers and body in one packet: two would meet Nagle's algorithm and delayed acknowledgements.
+    wbufsize = -1
 
     def parse_request(self) -> bool:
-        """Answer at once, whatever the method; http.server would look for a function for each."""
-        if not super().parse_request():
-            return False
-        # By DNS rebinding a web page gets here, but not its Host.
-        if CALLBACK_HEADER in self.headers or not all(map(LOOPBACK.fullmatch, self.headers.get_all("Host", []))):
-            answer = Answer(403, {"error": "an on_close callback, or a Host that is not loopback"})
-        else:
-            answer = self.server.answer(self.command, self.path)
+        """Read the request, and answer it here: http.server looks for a function per method."""
+        if super().parse_request():
+            self._send(self._answer())
+        return False  # nothing is left to do
+
+    def _answer(self) -> Answer:
+        if CALLBACK_HEADER in self.headers:  # it may come late, and would end the next session
+            return Answer(403, {"error": "an on_close callback changes nothing here"})
+        for host in self.headers.get_all("Host", []):
+            if not LOOPBACK.fullmatch(host):  # a web page that got here by DNS rebinding
+                return Answer(403, {"error": "the Host is not loopback"})
+        return control_request(self.server.functions, self.command, self.path)
+
+    def _send(self, answer: Answer) -> None:
         text = json.dumps(answer.body).encode() + b"\n"
         self.send_response_only(answer.status)
         self.send_header("Content-Type", "application/json")
@@ -262,10 +464,9 @@ class ControlHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(text)
-        return False  # there is nothing left to do
 
     def finish(self) -> None:
-        """Read the request's body, however long, after the answer: unread bytes would reset the client's connection."""
+        """Read the request's body after the answer: unread bytes would reset the connection."""
         super().finish()
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
@@ -276,93 +477,205 @@ class ControlHandler(BaseHTTPRequestHandler):
         pass
 
 
-class Framework:
-    """The SDK's worker under ordinary names: the only place that uses names which the SDK doesn't promise."""
+# The framework: Vast's SDK
 
-    def __init__(self, settings: Settings, life: "NullWorker") -> None:
-        """`life` answers each request and ends each session. Raises StartupError where the SDK isn't known to work."""
-        os.environ.update(UNSECURED=str(settings.unsecured), WORKER_HTTP_PORT=str(settings.ports[1]))  # '' is an error
+SDK_ERRORS = (ImportError, AttributeError, TypeError, ValueError, LookupError)
+
+
+class Hooks(Protocol):
+    """What the framework asks the worker for."""
+
+    def lifecycle(self) -> AbstractAsyncContextManager[None]:
+        """Entered at the start. The worker is loaded as soon as that is done."""
+
+    async def handle_public_request(self, route: str, request: web.Request) -> web.StreamResponse:
+        """Answer a request to one of ROUTES."""
+
+    async def close(self, session_id: str) -> bool:
+        """End a session, when it has expired or its dispatcher wants it."""
+
+    async def session_ended(self, session: Any) -> None:
+        """A session is gone."""
+
+    def report_broken(self, reason: str) -> None:
+        """The framework has failed."""
+
+
+class Framework:
+    """The SDK's worker under ordinary names, with no decision of ours.
+
+    The only place that uses names which the SDK doesn't promise. All are looked for at the start.
+    """
+
+    def __init__(self, settings: Settings, hooks: Hooks) -> None:
+        """Raise StartupError where the SDK isn't known to work."""
+        # What was checked is what the framework reads: to it, an empty one is an error.
+        os.environ["UNSECURED"] = str(settings.unsecured)
+        os.environ["WORKER_HTTP_PORT"] = str(settings.ports[1])
         version = "of an unknown version"
         try:
             version = importlib.metadata.version("vastai")
-            if not (1, 3) <= tuple(map(int, version.split(".")[:2])) < (2,):
-                raise ImportError("too old, or too new")
-            from vastai import BenchmarkConfig, HandlerConfig, Worker, WorkerConfig  # type: ignore[import-untyped]
-            from vastai.serverless.server import lib  # type: ignore[import-untyped]
+            self._check_version(version)
+            self._build(hooks)
+            self._check_names()
+            self._patch(hooks)
+        except SDK_ERRORS as error:
+            text = f"vastai-sdk {version} is not known to work ({error}); 1.3 up to below 2 is"
+            raise StartupError(text) from error
 
-            options = {"allow_parallel_requests": True, "workload_calculator": lambda _: 0.0}  # a ping is not load
-            ping = HandlerConfig(PING, benchmark_config=BenchmarkConfig(), remote_function=_pong, **options)
-            config = WorkerConfig("http://127.0.0.1", 9, handlers=[ping], max_sessions=1, lifecycle=life.lifecycle())
-            worker = Worker(config)  # which asks nothing of the model server that this names
-            self._backend, self._metrics = backend, metrics = worker.backend, worker.backend.metrics
-            parse, verify = lib.backend.AuthData.from_json_msg, backend._Backend__check_signature
-            self.verifies: Callable[[dict[str, Any]], bool] = lambda auth_data: verify(parse(auth_data))
-            self._close = backend._Backend__close_session
-            names = {route: route[1:].replace("/", "_") + "_handler" for route in ROUTES if route != PING}
-            self._handlers = {route: getattr(backend, name) for route, name in names.items()}
-            self._handlers[PING] = worker.routes[0].handler
-            self.run: Callable[..., Awaitable[None]] = worker.run_async
-            self.benchmark_file = Path(lib.backend.BENCHMARK_INDICATOR_FILE)
-            self.has_master_token = bool(backend.mtoken)
-            metrics.model_metrics = _exact_counters(type(metrics.model_metrics), metrics)
-            lib.metrics.METRICS_UPDATE_INTERVAL /= 2  # seconds; the framework's 1 is half of the 2 that ready may take
-            lib.backend.log.disabled = True  # it prints the whole of what it refuses; its errors are reported anyway
-            # Used later, where a missing one would be found too late.
-            attrgetter("_pubkey", "unsecured", "sessions", "session_metrics", "backend_errored")(backend)
-            attrgetter("update_pending", "_request_success", "_request_end", "model_metrics.requests_deleting")(metrics)
-            attrgetter("_Backend__run_session_on_close", "metrics.model_metrics.workload_processing")(backend)
-            fields = lib.backend.Session.__dataclass_fields__
-            itemgetter("session_id", "lifetime", "expiration", "on_close_route", "on_close_payload")(fields)
-        except (ImportError, AttributeError, TypeError, ValueError, LookupError) as error:
-            raise StartupError(f"vastai-sdk {version} is not known to work ({error}); 1.3 up to below 2 is") from error
+    def _check_version(self, version: str) -> None:
+        major_and_minor = tuple(map(int, version.split(".")[:2]))
+        if not (1, 3) <= major_and_minor < (2,):
+            raise ImportError("too old, or too new")
 
-        self.error: str | None = None  # what was reported to the autoscaler as the worker's error; it stays
-        logging.getLogger().setLevel(logging.INFO)  # Worker() sets DEBUG, and prints whatever callers send
-        # read() inflates, bounded; an access log would have a line per request, with the keys in its query.
-        web.AppRunner = partial(web.AppRunner, auto_decompress=False, access_log=None)  # type: ignore[misc, assignment]
-        backend.backend_errored = self.report_error
-        backend._Backend__run_session_on_close = life.ended
-        backend._Backend__close_session = life.close
-        for route, name in names.items():  # which the framework binds to its web server only in run()
-            setattr(backend, name, partial(life.door, route))
-        worker.routes = [web.post(PING, partial(life.door, PING))]
+    def _build(self, hooks: Hooks) -> None:
+        from vastai import (  # type: ignore[import-untyped]
+            BenchmarkConfig,
+            HandlerConfig,
+            Worker,
+            WorkerConfig,
+        )
+        from vastai.serverless.server import lib  # type: ignore[import-untyped]
+
+        ping = HandlerConfig(
+            PING,
+            benchmark_config=BenchmarkConfig(),  # there must be one
+            remote_function=_pong,
+            allow_parallel_requests=True,
+            workload_calculator=lambda _: 0.0,  # a ping is not load
+        )
+        config = WorkerConfig(
+            "http://127.0.0.1",  # of a model server, which is asked nothing
+            9,
+            handlers=[ping],
+            max_sessions=1,
+            lifecycle=hooks.lifecycle(),
+        )
+        self._lib = lib
+        self._worker = Worker(config)
+        self._backend = self._worker.backend
+        self._metrics = self._backend.metrics
+
+    def _check_names(self) -> None:
+        """Look for names that are used later, where a missing one would be found too late."""
+        backend_module = self._lib.backend
+        _require_names(
+            self._backend,
+            "_pubkey",
+            "unsecured",
+            "sessions",
+            "session_metrics",
+            "mtoken",
+            "backend_errored",
+            "_Backend__check_signature",
+            "_Backend__close_session",
+            "_Backend__run_session_on_close",
+        )
+        _require_names(self._metrics, "update_pending", "_request_success", "_request_end")
+        _require_names(
+            self._metrics.model_metrics,
+            "error_msg",
+            "requests_deleting",
+            "workload_processing",
+            "reset",
+        )
+        _require_names(backend_module, "log", "BENCHMARK_INDICATOR_FILE", "AuthData.from_json_msg")
+        fields = backend_module.Session.__dataclass_fields__
+        for name in ("session_id", "lifetime", "expiration", "on_close_route", "on_close_payload"):
+            operator.itemgetter(name)(fields)
+        self._handlers = {PING: self._worker.routes[0].handler}
+        for route in ROUTES:
+            if route != PING:
+                self._handlers[route] = getattr(self._backend, _handler_name(route))
+        self._close = self._backend._Backend__close_session
+        self.run: Callable[..., Awaitable[None]] = self._worker.run_async
+        self.benchmark_file = Path(backend_module.BENCHMARK_INDICATOR_FILE)
+        self.has_master_token = bool(self._backend.mtoken)
+
+    def _patch(self, hooks: Hooks) -> None:
+        self._backend.backend_errored = hooks.report_broken
+        self._backend._Backend__run_session_on_close = hooks.session_ended
+        self._backend._Backend__close_session = hooks.close
+        self._metrics.model_metrics = _exact_counters(self._metrics)
+        self._patch_log()
+        self._patch_web(hooks)
+
+    def _patch_log(self) -> None:
+        logging.getLogger().setLevel(
+            logging.INFO
+        )  # Worker() sets DEBUG, and logs what callers send
+        # It logs the whole of what it refuses; its errors are reported to the autoscaler anyway.
+        self._lib.backend.log.disabled = True
+
+    def _patch_web(self, hooks: Hooks) -> None:
+        # The door inflates bodies itself, bounded. An access log would have a line per request,
+        # with the keys in its query.
+        web.AppRunner = partial(  # type: ignore[misc, assignment]
+            web.AppRunner, auto_decompress=False, access_log=None
+        )
+        # The framework binds its handlers to its web server only in run(), by these names.
+        for route in ROUTES:
+            if route != PING:
+                handler = partial(hooks.handle_public_request, route)
+                setattr(self._backend, _handler_name(route), handler)
+        self._worker.routes = [web.post(PING, partial(hooks.handle_public_request, PING))]
+
+    def verifies(self, auth_data: dict[str, Any]) -> bool:
+        """Whether the router's signature is right, or none is needed."""
+        parsed = self._lib.backend.AuthData.from_json_msg(auth_data)
+        return bool(self._backend._Backend__check_signature(parsed))
 
     def has_key(self) -> bool:
         """Whether signatures can be verified, or need not be."""
         return self._backend.unsecured or self._backend._pubkey is not None
 
     def has_told_all(self) -> bool:
+        """Whether the autoscaler knows all that has happened."""
         return not (self._metrics.update_pending or self._metrics.model_metrics.requests_deleting)
 
     def session(self, session_id: str | None = None) -> Any | None:
-        """The open session if it has that id, or whichever is open. The SDK's: session_id, lifetime, expiration."""
-        return next((s for s in self._backend.sessions.values() if session_id in (None, s.session_id)), None)
+        """The open session if it has that id, or whichever is open.
 
-    async def handle(self, route: str, message: dict[str, Any], request: web.Request) -> web.Response:
-        """The framework's own answer to a request. `message` is its JSON: what was checked is what is used."""
+        It is the SDK's, with session_id, lifetime (seconds) and expiration (seconds since 1970).
+        """
+        for session in self._backend.sessions.values():
+            if session_id is None or session.session_id == session_id:
+                return session
+        return None
+
+    async def handle(
+        self, route: str, message: dict[str, Any], request: web.Request
+    ) -> web.Response:
+        """The framework's own answer to a request. `message` is its JSON, which was checked."""
 
         async def json() -> dict[str, Any]:
             return message
 
-        seen = SimpleNamespace(json=json, headers=request.headers, transport=request.transport)
-        return await self._handlers[route](seen)  # type: ignore[no-any-return]
+        checked = SimpleNamespace(json=json, headers=request.headers, transport=request.transport)
+        return await self._handlers[route](checked)  # type: ignore[no-any-return]
 
     async def end(self, session_id: str) -> bool:
-        """Count a session as a success, remove it and call its on_close callback. False: there is none of that id."""
-        try:  # the framework alone counts after the callback, and so reports the load for up to 10 s too long
-            if request := self._backend.session_metrics.pop(session_id, None):
-                self._metrics._request_end(request)  # first: it must be done even if the other raises
-                self._metrics._request_success(request)
+        """Count a session as a success, remove it and call its on_close callback.
+
+        False: there is none of that id. Raises what the counting raises, with the session removed.
+        """
+        # The framework alone counts after the callback, and reports the load for up to 10 s more.
+        try:
+            counted = self._backend.session_metrics.pop(session_id, None)
+            if counted:
+                self._metrics._request_end(counted)  # first: it must be done if the other raises
+                self._metrics._request_success(counted)
         finally:
             closed = await self._close(session_id)
         return bool(closed)
 
     def report_error(self, text: str) -> None:
-        self.error = self._metrics.model_metrics.error_msg = text or "an unknown error"  # an empty one means none
+        """Tell the autoscaler that the worker is broken. An empty text would mean that it isn't."""
+        self._metrics.model_metrics.error_msg = text
         self.report_soon()
-        log.error("reported as broken: %s", self.error)
 
     def report_soon(self) -> None:
+        """Report at the next tick, within a second, instead of within ten."""
         self._metrics.update_pending = True
 
 
@@ -370,174 +683,355 @@ async def _pong(**_payload: object) -> dict[str, object]:
     return {}
 
 
-def _exact_counters(base: Any, metrics: Any) -> Any:
-    """The framework's counters, which it zeroes after a report: here what came meanwhile is kept for the next one."""
-    counted = [f"workload_{kind}" for kind in ("served", "received", "cancelled", "errored", "rejected")]
-    state = attrgetter(*counted, "cur_load", "max_throughput", "error_msg")
+def _handler_name(route: str) -> str:
+    return route[1:].replace("/", "_") + "_handler"
+
+
+def _require_names(owner: object, *names: str) -> None:
+    """Raise AttributeError for the first name, dotted ones too, that the owner doesn't have."""
+    for name in names:
+        operator.attrgetter(name)(owner)
+
+
+def _exact_counters(metrics: Any) -> Any:
+    """The framework's counters, but what comes while a report is under way isn't lost.
+
+    The framework sets them to zero after a report: here only what the report said is taken away.
+    """
+    base: Any = type(metrics.model_metrics)
+    counted = (
+        "workload_served",
+        "workload_received",
+        "workload_cancelled",
+        "workload_errored",
+        "workload_rejected",
+    )
+
+    def state(counters: Any) -> dict[str, Any]:
+        names = (*counted, "cur_load", "max_throughput", "error_msg")
+        return {name: getattr(counters, name) for name in names}
 
     class Counters(base):  # type: ignore[misc]  # the SDK has no types
         @property
-        def workload_processing(self) -> float:  # read once, when a report is written
-            self.told = state(self)
+        def workload_processing(self) -> float:
+            """Read by the framework once for each report, when it is written."""
+            self.reported = state(self)
             return float(super().workload_processing)
 
         def reset(self) -> None:
-            metrics.update_pending = state(self) != self.told
-            for name, value in zip(counted, self.told):
-                setattr(self, name, getattr(self, name) - value)
+            """Called by the framework when a report has been delivered."""
+            metrics.update_pending = state(self) != self.reported
+            for name in counted:
+                setattr(self, name, getattr(self, name) - self.reported[name])
 
-    attrgetter("reset")(base)
     return Counters.empty()
 
 
+# The worker
+
+PERFORMANCE = 100  # one session of cost 100 is one worker; 99.9 would be rounded up to one more
+PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; its drain takes 8 at most
+HEALTH_INTERVAL = 10.0  # seconds between two looks at a consumer that was well
+HEALTH_TIMEOUT = 10.0  # seconds for a look to be answered
+START_INTERVAL = 1.0  # seconds between two looks at a consumer that is still starting
+CALLBACK_TIMEOUT = 10.0  # seconds for an on_close callback
+RELEASE_WAIT = 15.0  # seconds after which a request to the control server is answered with 504
+DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
+
+
+class Stage(enum.Enum):
+    """Where a worker is in its life."""
+
+    STARTING = "starting up"
+    READY = "ready"
+    BROKEN = "broken"  # it takes no session any more, and has reported why, or is about to
+    DRAINING = "draining"
+
+
+async def wait_until(condition: Callable[[], object], seconds: float = float("inf")) -> None:
+    """Wait for a condition, at most that long. It is looked at 20 times a second."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+
+
 class NullWorker:
-    """The life of the worker: ready, reserved, sick, draining. Every decision about reservations is made here."""
+    """The life of the worker. Every decision about reservations is made here."""
 
     def __init__(self, settings: Settings) -> None:
+        """Raise StartupError where the SDK isn't known to work."""
         self.settings = settings
-        self.stage: Literal["starting up", "ready", "draining"] = "starting up"
+        self.stage = Stage.STARTING
+        self.broken_reason: str | None = None  # the first one stays
         self.undone = "anything: the event loop is blocked"  # of the drain
-        self._calling: set[object] = set()  # the tasks that wait for an on_close callback
+        self._callbacks: set[object] = set()  # the tasks that wait for an on_close callback
         self.framework = Framework(settings, self)
+
+    # Starting
+
+    async def serve(self, signals: socket.socket) -> None:
+        """Run for good, until a signal: see obey_signals()."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_log_loop_error)
+        threading.Thread(
+            target=self.obey_signals, args=(signals,), name="signals", daemon=True
+        ).start()
+        await self._wait_for_ports()
+        await self.framework.run(host=self.settings.host)
+
+    async def _wait_for_ports(self) -> None:
+        """Wait for the ports, which a predecessor may hold while it drains.
+
+        When one stays taken, the framework fails to bind it, and reports that.
+        """
+        deadline = time.monotonic() + PORT_WAIT
+        for port in (*self.settings.ports, self.settings.control_port):
+            while time.monotonic() < deadline:
+                if await self._is_free(port):
+                    break
+                await asyncio.sleep(0.1)
+
+    async def _is_free(self, port: int) -> bool:
+        try:
+            server = await self._loop.create_server(asyncio.Protocol, self.settings.host, port)
+        except OSError:
+            return False
+        server.close()
+        return True
 
     @contextlib.asynccontextmanager
     async def lifecycle(self) -> AsyncIterator[None]:
-        """Entered by the framework, which reports an exception from here to the autoscaler as the worker's error."""
-        self.framework.benchmark_file.write_text(f"{PERFORMANCE}\n")  # or it would time a handler that does nothing
-        server = ControlServer(("127.0.0.1", self.settings.control_port), ControlHandler)  # for as long as the process
-        server.answer = partial(control, self._obey_from_thread, self.settings.health_url is None)
-        threading.Thread(target=server.serve_forever, name="control", daemon=True).start()
+        """Entered by the framework, which reports an exception from here as the worker's error."""
+        # Or the framework would time a handler that does nothing.
+        self.framework.benchmark_file.write_text(f"{PERFORMANCE}\n")
+        ControlServer(self.settings.control_port, self.control_functions()).start()
         log.info("control server port=%d", self.settings.control_port)
         self._watching = asyncio.create_task(self._watch_health())
-        await self._until(lambda: self.stage == "ready")
-        self.framework.report_soon()  # the framework marks the worker as loaded next, and would tell it 10 s later
+        await wait_until(lambda: self.stage is Stage.READY)
+        # The framework marks the worker as loaded next, and would tell that up to 10 s later.
+        self.framework.report_soon()
         yield
 
-    async def _watch_health(self) -> None:
-        """Ask every second until all is well for the first time, then every ten, until there is an error."""
-        deadline = time.monotonic() + self.settings.start_timeout
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=HEALTH_CHECK)) as http:
-            while not self.framework.error and self.stage != "draining":
-                problem = ""
-                try:
-                    if self.settings.health_url:
-                        async with http.get(self.settings.health_url) as answer:
-                            problem = f"the health check answers {answer.status}" if answer.status != 200 else ""
-                except asyncio.TimeoutError:
-                    problem = f"the health check does not answer within {HEALTH_CHECK:g} s"
-                except (aiohttp.ClientError, OSError) as error:
-                    if self.stage != "ready" or getattr(error, "errno", 0) != errno.EMFILE:  # strangers may have all
-                        problem = f"the health check fails: {type(error).__name__}: {error}"
-                if problem and self.stage == "ready":
-                    self.framework.report_error(problem)
-                elif problem and self.stage == "starting up" and time.monotonic() > deadline:
-                    self.framework.report_error(f"not well within {self.settings.start_timeout:g} s: {problem}")
-                elif not problem and self.stage == "starting up" and self.framework.has_key():
-                    self.stage = "ready"
-                await asyncio.sleep(HEALTH_CHECK if self.stage == "ready" else 1 if problem else 0.1)
+    # Well or sick
 
-    async def door(self, route: str, request: web.Request) -> web.StreamResponse:
+    async def _watch_health(self) -> None:
+        """Ask often until all is well for the first time, then seldom, until there is an error."""
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT)
+        async with aiohttp.ClientSession(timeout=timeout) as http:
+            await self._become_ready(http)
+            while self.stage is Stage.READY:
+                await asyncio.sleep(HEALTH_INTERVAL)
+                problem = await self._health_problem(http)
+                if problem and self.stage is Stage.READY:
+                    self.report_broken(problem)
+
+    async def _become_ready(self, http: aiohttp.ClientSession) -> None:
+        timeout = self.settings.start_timeout
+        deadline = time.monotonic() + timeout
+        await wait_until(lambda: self.framework.has_key() or self.stage is not Stage.STARTING)
+        while self.stage is Stage.STARTING:
+            problem = await self._health_problem(http)
+            if self.stage is not Stage.STARTING:
+                return
+            if not problem:
+                self.stage = Stage.READY
+            elif time.monotonic() > deadline:
+                self.report_broken(f"not well within {timeout:g} s: {problem}")
+            else:
+                await asyncio.sleep(START_INTERVAL)
+
+    async def _health_problem(self, http: aiohttp.ClientSession) -> str:
+        """What is wrong with the consumer; empty when it is well, or has no health to ask for."""
+        if self.settings.health_url is None:
+            return ""
+        try:
+            async with http.get(self.settings.health_url) as answer:
+                if answer.status != 200:
+                    return f"the health check answers {answer.status}"
+        except asyncio.TimeoutError:
+            return f"the health check does not answer within {HEALTH_TIMEOUT:g} s"
+        except (aiohttp.ClientError, OSError) as error:
+            if self.stage is Stage.READY and getattr(error, "errno", 0) == errno.EMFILE:
+                return ""  # out of open files: strangers' connections, not the consumer's fault
+            return f"the health check fails: {type(error).__name__}: {error}"
+        return ""
+
+    def report_broken(self, reason: str) -> None:
+        """Take no session from now on, and tell the autoscaler why."""
+        self._set_broken(reason)
+        self._report_reason()
+
+    def _set_broken(self, reason: str) -> None:
+        if self.stage is not Stage.DRAINING:
+            self.stage = Stage.BROKEN
+        if self.broken_reason is None:
+            self.broken_reason = reason or "an unknown error"
+            log.error("broken: %s", self.broken_reason)
+
+    def _report_reason(self) -> None:
+        if self.broken_reason is not None:
+            self.framework.report_error(self.broken_reason)
+
+    # Reserved
+
+    async def handle_public_request(self, route: str, request: web.Request) -> web.StreamResponse:
         """Answer any request that reaches the framework's ports."""
         try:
-            message = await read(route, request)
-            if route == UPDATE and not self.framework.has_master_token:
-                raise Refusal(403, {"error": "MASTER_TOKEN is not set"})
-            if route == CREATE and (self.stage != "ready" or self.framework.error):
-                raise Refusal(503, {"error": f"no sessions now: {'broken' if self.framework.error else self.stage}"})
-            if route in (CREATE, PING) and not self.framework.verifies(message["auth_data"]):
-                text = "refused %s from=%s: the signature does not verify; UNSECURED=true would accept anyone's"
-                log.warning(text, route, request.remote)
-                raise Refusal(401, {"error": "signature does not verify"})
+            body = await read_body(request)
+            message = {} if route == UPDATE else parse(body, ROUTES[route])
+            self._admit(route, message, request.remote)
         except Refusal as refusal:
-            return web.json_response(refusal.args[1], status=refusal.args[0])
+            return web.json_response(refusal.answer, status=refusal.status)
         response = await self.framework.handle(route, message, request)
         if route == LOOK and response.status == 200 and message.get("wait"):
-            await self._until(lambda: not self.framework.session(message["session_id"]), message["wait"])
+            session_id = message["session_id"]
+            await wait_until(lambda: not self.framework.session(session_id), message["wait"])
             return await self.framework.handle(route, message, request)
         if route == CREATE and response.status == 201:
-            session_id = json.loads(response.text or "")["session_id"]
-            try:  # a creator that is gone before the 201 can be written leaves no session behind
-                for _ in range(5):  # turns of the event loop, in which it hears of that, closes, and cancels this
-                    await asyncio.sleep(0)
-                await response.prepare(request)
-                await response.write_eof()
-            except (ConnectionError, asyncio.CancelledError):
-                await self.close(session_id)
-                raise
-            log.info("reserved session=%s", session_id)
+            await self._hand_out(response, request)
         return response
+
+    def _admit(self, route: str, message: dict[str, Any], caller: str | None) -> None:
+        """Raise Refusal for a request that doesn't get in now, or from this caller."""
+        if route == UPDATE and not self.framework.has_master_token:
+            raise Refusal(403, {"error": "MASTER_TOKEN is not set"})
+        if route == CREATE and self.stage is not Stage.READY:
+            raise Refusal(503, {"error": f"no sessions now: {self.stage.value}"})
+        if route in (CREATE, PING) and not self.framework.verifies(message["auth_data"]):
+            text = "refused %s from=%s: %s; UNSECURED=true would accept anyone's"
+            door_log.warning(text, route, caller, "the signature does not verify")
+            raise Refusal(401, {"error": "signature does not verify"})
+
+    async def _hand_out(self, response: web.Response, request: web.Request) -> None:
+        """Write the answer to a create. A creator that is gone by then leaves no session behind."""
+        session_id = json.loads(response.text or "")["session_id"]
+        try:
+            # Turns of the event loop in which it hears of that, closes, and cancels this.
+            for _ in range(5):
+                await asyncio.sleep(0)
+            await response.prepare(request)
+            await response.write_eof()
+        except (ConnectionError, asyncio.CancelledError):
+            await self.close(session_id)
+            raise
+        log.info("reserved session=%s", session_id)
 
     async def close(self, session_id: str) -> bool:
         """See Framework.end(), but don't wait longer than a second for the callback."""
-        # In a task: the framework drops the rest when its caller hangs up, and reports the load for ever.
+        # In a task: what calls this may be cancelled, and the load would be reported for ever.
         ending = asyncio.create_task(self.framework.end(session_id))
         await asyncio.wait({ending}, timeout=1)
-        return ending.result() if ending.done() else True
+        if ending.done():
+            return ending.result()
+        return True
 
-    async def ended(self, session: Any) -> None:
-        """A session is gone: call on_close. The framework would follow redirects, and read answers, in any charset."""
+    async def session_ended(self, session: Any) -> None:
+        """A session is gone: call its on_close_route."""
         log.info("ended session=%s", session.session_id)
+        self._report_reason()
         if session.on_close_route:
-            payload = session.on_close_payload
-            if not isinstance(payload, dict):
-                payload = {} if payload is None else {"payload": payload}
-            url = urljoin(self.settings.health_url or "", session.on_close_route)  # a path is one on the consumer
-            self._calling.add(task := asyncio.current_task())
-            with contextlib.suppress(Exception):
-                async with aiohttp.ClientSession(timeout=CALLBACK_WAIT, headers={CALLBACK_HEADER: "1"}) as http:
-                    await http.post(url, json={"session_id": session.session_id, **payload}, allow_redirects=False)
-            self._calling.discard(task)
+            task = asyncio.current_task()
+            self._callbacks.add(task)
+            await self._call_back(session)
+            self._callbacks.discard(task)
 
-    async def _until(self, condition: Callable[[], object], seconds: float = float("inf")) -> None:
-        """Wait for a condition, at most that long. It is looked at 20 times a second."""
-        deadline = time.monotonic() + seconds
-        while not condition() and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+    async def _call_back(self, session: Any) -> None:
+        """As the framework does, which would follow redirects, and read answers of any size."""
+        payload = session.on_close_payload
+        if payload is None:
+            payload = {}
+        elif not isinstance(payload, dict):
+            payload = {"payload": payload}
+        body = {"session_id": session.session_id, **payload}
+        # A path is one on the consumer.
+        url = urljoin(self.settings.health_url or "", session.on_close_route)
+        timeout = aiohttp.ClientTimeout(total=CALLBACK_TIMEOUT)
+        with contextlib.suppress(Exception):
+            async with aiohttp.ClientSession(timeout=timeout) as http:
+                headers = {CALLBACK_HEADER: "1"}
+                await http.post(url, json=body, headers=headers, allow_redirects=False)
 
-    def _obey_from_thread(self, path: str, session_id: str | None, wait: float) -> Answer:
-        future = asyncio.run_coroutine_threadsafe(self.obey(path, session_id, wait), self._loop)
+    # What the consumer asks for
+
+    def control_functions(self) -> dict[str, ControlFunction]:
+        """What each route of the control server does; called in the threads of its connections."""
+
+        def in_loop(
+            path: str, function: Callable[[Any], Coroutine[Any, Any, Answer]]
+        ) -> ControlFunction:
+            return lambda value: self._run_in_loop(path, function(value))
+
+        functions = {
+            "/session": lambda wait: self._run_in_loop("/session", self.show_session(wait), wait),
+            "/renew": in_loop("/renew", self.renew),
+            "/release": in_loop("/release", self.release),
+            "/broken": in_loop("/broken", self.take_broken),
+        }
+        if self.settings.health_url is None:
+            functions["/health"] = self.health_stub
+        return functions
+
+    def _run_in_loop(
+        self, path: str, coroutine: Coroutine[Any, Any, Answer], wait: float = 0.0
+    ) -> Answer:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result(RELEASE_WAIT + wait)
         except concurrent.futures.TimeoutError:
             return Answer(504, {"reason": f"{path} took over {RELEASE_WAIT:g} s, and goes on"})
 
-    async def obey(self, path: str, session_id: str | None = None, wait: float = 0.0) -> Answer:
-        """Do what the consumer wants: see METHODS."""
-        if path == "/session":
-            await self._until(lambda: self.framework.session() or self.stage == "draining", wait)
+    def health_stub(self, _: None) -> Answer:
+        """The health of a consumer that has none of its own. It touches no event loop."""
+        if self.broken_reason is None:
+            return Answer(200, {"status": "ok"})
+        return Answer(503, {"status": "broken", "reason": self.broken_reason})
+
+    async def show_session(self, wait: float) -> Answer:
+        """The open session, as soon as there is one, at the latest after `wait` seconds."""
+        await wait_until(lambda: self.framework.session() or self.stage is Stage.DRAINING, wait)
+        session = self.framework.session()
+        if session is None:
+            return Answer(200, {"session_id": None})
+        return Answer(200, _lease(session))
+
+    async def renew(self, session_id: str | None) -> Answer:
+        """Let the session live for at least a lifetime from now."""
         session = self.framework.session(session_id)
-        if session and path == "/renew":
-            session.expiration = max(session.expiration, time.time() + session.lifetime)
-        lease = session and {"session_id": session.session_id, "time_to_live": session.expiration - time.time()}
-        if path == "/session":
-            return Answer(200, lease or {"session_id": None})
-        if lease and path == "/renew":
-            return Answer(200, {"renewed": True, **lease})
-        answer = {"released": True, "session_ids": [session and session.session_id]}
+        if session is None:
+            return _not_active("renewed", session_id)
+        session.expiration = max(session.expiration, time.time() + session.lifetime)
+        return Answer(200, {"renewed": True, **_lease(session)})
+
+    async def release(self, session_id: str | None) -> Answer:
+        """End the session."""
+        session = self.framework.session(session_id)
+        if session is None:
+            return _not_active("released", session_id)
+        answer = {"released": True, "session_ids": [session.session_id]}
         try:
-            if session and await self.framework.end(session.session_id):
-                return Answer(200, answer)
+            ended = await self.framework.end(session.session_id)
         except Exception as error:
-            log.exception("closing session=%s failed; the worker is free", session and session.session_id)
-            return Answer(500, {**answer, "reason": f"closing failed, the worker is free: {error!r}"})
-        reason = "no active session" if session_id is None else "session ID is not active"
-        return Answer(200, {"renewed" if path == "/renew" else "released": False, "reason": reason})
+            log.exception("closing session=%s failed; the worker is free", session.session_id)
+            reason = f"closing failed, the worker is free: {error!r}"
+            return Answer(500, {**answer, "reason": reason})
+        if not ended:  # somebody else has, meanwhile
+            return _not_active("released", session_id)
+        return Answer(200, answer)
 
-    async def serve(self, signals: socket.socket) -> None:
-        """Wait for the ports, which a predecessor holds while it drains. Then run for good: see _drain()."""
-        self._loop = asyncio.get_running_loop()
-        threading.Thread(target=self._obey_signals, args=(signals,), name="signals", daemon=True).start()
-        deadline = time.monotonic() + PORT_WAIT
-        for port in (*self.settings.ports, self.settings.control_port):
-            while time.monotonic() < deadline:
-                with contextlib.suppress(OSError):
-                    (await self._loop.create_server(asyncio.Protocol, self.settings.host, port)).close()
-                    break
-                await asyncio.sleep(0.1)
-        await self.framework.run(host=self.settings.host)
+    async def take_broken(self, reason: str) -> Answer:
+        """Take no session from now on, and report why as soon as none is open."""
+        self._set_broken(reason)
+        if self.framework.session() is None:
+            self._report_reason()
+        return Answer(200, {"broken": True})
 
-    def _obey_signals(self, signals: socket.socket) -> None:
-        """In a thread of its own: whatever hangs, the event loop included, the process ends in time."""
+    # Draining
+
+    def obey_signals(self, signals: socket.socket) -> None:
+        """Drain after the first signal; end at once after a second.
+
+        In a thread of its own: whatever hangs, the event loop included, the process ends in time.
+        """
         signals.recv(1)
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop)
         signals.settimeout(DRAIN)
@@ -550,43 +1044,102 @@ class NullWorker:
 
     async def _drain(self) -> None:
         """Take no new session, end the open one, and see that the autoscaler knows."""
-        self.stage, session = "draining", self.framework.session()
-        self.undone = f"the on_close callbacks of session={session and session.session_id}"
-        log.info("draining: %s", self.undone)
-        await self.obey("/release")
-        await self._until(lambda: not self._calling)
-        self.undone = "the last report to the autoscaler"
-        log.info("draining: %s", self.undone)
-        await self._until(self.framework.has_told_all)
+        self.stage = Stage.DRAINING
+        session = self.framework.session()
+        self._next_step(f"the on_close callbacks of session={session and session.session_id}")
+        await self.release(None)
+        await wait_until(lambda: not self._callbacks)
+        self._next_step("the last report to the autoscaler")
+        await wait_until(self.framework.has_told_all)
         await asyncio.sleep(0.2)  # until those who wait are answered
         os._exit(0)
 
+    def _next_step(self, step: str) -> None:
+        self.undone = step
+        log.info("draining: %s", step)
 
-class OneLine(logging.Filter):
-    """A record is one line of ASCII: nothing that a stranger sent can forge one. Of what they cause one a second."""
 
-    told: ClassVar[dict[str, float]] = {}  # when, by logger: strangers' hide nobody else's
+def _lease(session: Any) -> dict[str, Any]:
+    return {
+        "session_id": session.session_id,
+        "time_to_live": session.expiration - time.time(),
+    }
+
+
+def _not_active(what: str, session_id: str | None) -> Answer:
+    reason = "session ID is not active"
+    if session_id is None:
+        reason = "no active session"
+    return Answer(200, {what: False, "reason": reason})
+
+
+# The log
+
+
+class OneLineFormatter(logging.Formatter):
+    """A record is one line of ASCII: nothing that a stranger sent can start a line of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return re.sub(r"[^ -~]", _escaped, super().formatMessage(record))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return ascii(match[0])[1:-1]
+
+
+class OneASecond(logging.Filter):
+    """For a logger whose lines strangers cause, as many as they like: one a second is enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0  # when a line may come, by the monotonic clock
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = re.sub(r"[^ -~]", lambda match: ascii(match[0])[1:-1], record.getMessage()), ()
-        if record.levelno == logging.WARNING or record.name == "asyncio":  # a bad signature; no file is left to open
-            if time.monotonic() - self.told.get(record.name, -1.0) < 1:
-                return False
-            record.exc_info, self.told[record.name] = None, time.monotonic()
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 1
         return True
 
 
-def main() -> int:
+def set_up_log() -> None:
+    """Log to standard error; what strangers cause, one line a second."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
+    door_log.addFilter(OneASecond())
+    logging.getLogger("asyncio").addFilter(OneASecond())  # no file is left to open, and the like
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # malformed requests
+
+
+def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """In one line: with its traceback, strangers could fill the disk."""
+    logging.getLogger("asyncio").error("%s: %r", context["message"], context.get("exception"))
+
+
+def raise_open_files() -> None:
+    """Every connection, a stranger's too, is an open file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def catch_signals() -> socket.socket:
+    """A socket that gets a byte, the signal's number, for each signal that asks to end."""
     signals, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())  # written by the C handler, however busy Python is
+    wake.detach()  # it stays open for as long as the process lives
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger().handlers[0].addFilter(OneLine())
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # a traceback per malformed request
-    with contextlib.suppress(ValueError, OSError):  # every connection, a stranger's too, is an open file
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    return signals
+
+
+def main() -> int:
+    """Run the worker, and return the exit status."""
+    signals = catch_signals()
+    set_up_log()
+    raise_open_files()
     try:
         worker = NullWorker(Settings.from_environment(os.environ))
     except StartupError as error:

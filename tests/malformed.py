@@ -38,7 +38,7 @@ SPOILT = {
     INTEGER: [*NO_INTEGER, 10**30, 1 << 63, -(1 << 63) - 1, math.nan],
     COST: [*NO_NUMBER, -1, -0.5, 1e308, 1_000_001],
     OBJECT: [None, 1, True, "x", []],
-    LIFETIME: [*NO_NUMBER, 0, -1, -0.0],
+    LIFETIME: [*NO_NUMBER, 0, -1, -0.0, 30 * 24 * 3600 + 1],
     CALLBACK: NO_CALLBACK,
     WAIT: [*NO_NUMBER, -1, 60.5],
 }

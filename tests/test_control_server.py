@@ -7,7 +7,7 @@ import time
 import aiohttp
 import pytest
 
-from null_worker import Answer, control
+from null_worker import CONTROL_ROUTES, Answer, control_request
 from tests.http import post, request
 from tests.worker import create
 
@@ -31,6 +31,8 @@ pytestmark = pytest.mark.anyio
         ("POST", "/", 404, None),
         ("GET", "/session/create", 404, None),
         ("BREW", "/tea", 404, None),
+        ("POST", "/broken", 400, None),
+        ("GET", "/broken?reason=x", 405, "POST"),
     ],
 )
 async def test_the_control_server_answers_in_json_whatever_it_is_asked(
@@ -146,11 +148,11 @@ HANDS_ON = Answer(299, {})
 @pytest.mark.parametrize(
     ("method", "target", "expected"),
     [
-        ("GET", "/health", 200),
-        ("GET", "/session", ("/session", None, 0.0)),
-        ("GET", "/session?wait=0", ("/session", None, 0.0)),
-        ("GET", "/session?wait=60", ("/session", None, 60.0)),
-        ("GET", "/session?wait=2.5", ("/session", None, 2.5)),
+        ("GET", "/health", ("/health", None)),
+        ("GET", "/session", ("/session", 0.0)),
+        ("GET", "/session?wait=0", ("/session", 0.0)),
+        ("GET", "/session?wait=60", ("/session", 60.0)),
+        ("GET", "/session?wait=2.5", ("/session", 2.5)),
         *(
             ("GET", f"/session?wait={wait}", 400)
             for wait in ("", "-1", "-0.1", "60.1", "61", "nan", "inf", "-inf", "x")
@@ -161,22 +163,46 @@ HANDS_ON = Answer(299, {})
         ),
         ("POST", "/session", 405),
         ("GET", "/renew", 405),
-        ("POST", "/renew", ("/renew", None, 0.0)),
-        ("POST", "/renew?session_id=a%20b", ("/renew", "a b", 0.0)),
-        ("POST", "/release?session_id=", ("/release", "", 0.0)),
+        ("POST", "/renew", ("/renew", None)),
+        ("POST", "/renew?session_id=a%20b", ("/renew", "a b")),
+        ("POST", "/release?session_id=", ("/release", "")),
         ("POST", "/release?session_id=x&session_id=x", 400),
         ("POST", "/release?wait=1", 400),
+        ("GET", "/broken?reason=x", 405),
+        ("POST", "/broken?reason=no%20GPU", ("/broken", "no GPU")),
+        ("POST", "/broken?reason=" + "x" * 1024, ("/broken", "x" * 1024)),
+        *(
+            ("POST", f"/broken{query}", 400)
+            for query in (
+                "",
+                "?reason",
+                "?reason=",
+                "?reason=%20",
+                "?reason=" + "x" * 1025,
+                "?reason=" + "%C3%A9" * 513,
+            )
+        ),
+        ("POST", "/broken?reason=x&reason=y", 400),
+        ("POST", "/broken?reason=x&session_id=y", 400),
         ("GET", "/session/", 404),
         ("GET", "", 404),
     ],
 )
 def test_what_a_request_to_the_control_server_asks_for(method, target, expected):
     asked = []
-    answer = control(lambda *wanted: asked.append(wanted) or HANDS_ON, True, method, target)
+
+    def function_of(path):
+        return lambda value: asked.append((path, value)) or HANDS_ON
+
+    answer = control_request({path: function_of(path) for path in CONTROL_ROUTES}, method, target)
     if isinstance(expected, tuple):
         assert (asked, answer) == ([expected], HANDS_ON)
     else:
         assert (asked, answer.status) == ([], expected) and answer.body
         assert bool(answer.allow) == (expected == 405)
-    if target == "/health":
-        assert control(None, False, method, target).status == 404
+
+
+@pytest.mark.parametrize("path", CONTROL_ROUTES)
+def test_a_route_of_the_control_server_without_a_function_is_not_found(path):
+    for method in CONTROL_ROUTES[path].methods:
+        assert control_request({}, method, f"{path}?reason=x").status == 404

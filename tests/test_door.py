@@ -148,7 +148,7 @@ CREATE_OK = {"auth_data": {**AUTH_OK, "url": "", "more": [1]}, "payload": {}}
         ("/session/create", CREATE_OK, []),
         (
             "/session/create",
-            {**CREATE_OK, "payload": {"lifetime": 1e-3, "on_close_route": None, "x": 1}},
+            {**CREATE_OK, "payload": {"lifetime": 30 * 24 * 3600, "on_close_route": None, "x": 1}},
             [],
         ),
         ("/session/create", {**CREATE_OK, "payload": {"on_close_route": "https://a/b"}}, []),

@@ -61,7 +61,7 @@ async def test_a_sick_consumer_is_reported_for_what_it_does_and_takes_no_session
         return web.Response(status=204 if how == "204" else 503)
 
     async with server(web.get("/health", health)) as origin:
-        script = driver(tmp_path, "null_worker.HEALTH_CHECK = 1")
+        script = driver(tmp_path, "null_worker.HEALTH_INTERVAL = null_worker.HEALTH_TIMEOUT = 1")
         worker = await fresh(vast, {"BACKEND_HEALTH_URL": f"{origin}/health"}, script=script)
         worker.stopping = True  # so that LocalVast doesn't stop it for its error
         well.clear()

@@ -70,7 +70,7 @@ async def statuses_of(worker, path, **options):
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(vast, tmp_path):
-    worker = await fresh(vast, script=driver(tmp_path, "null_worker.IDLE_CONNECTION = 1"))
+    worker = await fresh(vast, script=driver(tmp_path, "null_worker.BODY_WAIT = 1"))
     head = b"POST /session/end HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
     reader, writer = await asyncio.open_connection("127.0.0.1", worker.port)
     writer.write(head)
@@ -105,7 +105,7 @@ async def test_out_of_open_files_a_worker_stays_well_and_its_log_small(vast, tmp
 
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
     async with server(web.get("/health", health)) as origin:
-        lines = (limit, "null_worker.HEALTH_CHECK = 0.5")
+        lines = (limit, "null_worker.HEALTH_INTERVAL = 0.5")
         worker = await fresh(
             vast, {"BACKEND_HEALTH_URL": f"{origin}/health"}, script=driver(tmp_path, *lines)
         )

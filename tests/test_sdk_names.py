@@ -30,7 +30,6 @@ PRIVATE = [  # what the worker uses of the SDK: module, class or "", name
         for name in ("BenchmarkConfig", "HandlerConfig", "Worker", "WorkerConfig")
     ),
     *((BACKEND, "", name) for name in ("AuthData", "log", "BENCHMARK_INDICATOR_FILE")),
-    (METRICS, "", "METRICS_UPDATE_INTERVAL"),
     *(
         ("vastai.serverless.server.worker", "Worker", name)
         for name in ("backend", "routes", "run_async")
