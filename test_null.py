@@ -72,8 +72,8 @@ async def test_the_demo_ramps_up_and_down_and_watches_the_workers_go(small_vast)
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
     states = [line.partition("workers: ")[2] for line in lines if "workers: " in line]
     assert states[0] == states[-1] == "none"
-    assert "3 idle" in states
-    assert any("model_loading" in each for each in states)
+    assert "3 reserved" in states
+    assert any("loading" in each for each in states)
     assert ". waiting  = held" in axis
     for row in (first, second, third):
         assert re.match(r"#\d +\.*=+ ", row)

@@ -20,8 +20,8 @@ class Command:
     """`null_client.py` in a process of its own, pointed at a LocalVast instead of Vast."""
 
     DRIVER = (
-        "import sys, null_client, null_local\n"
-        "null_client.Serverless = lambda key, instance, **options: null_local.LocalClient(\n"
+        "import sys, vastai, null_client, null_local\n"
+        "vastai.Serverless = lambda key, instance, **options: null_local.LocalClient(\n"
         "    key, autoscaler_url={url!r}, webserver_url={url!r}, **options)\n"
         "sys.exit(null_client.main(sys.argv[1:]))"
     )

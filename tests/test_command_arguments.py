@@ -61,10 +61,18 @@ def test_bad_arguments_are_refused_by_name(arguments, message, capsys, monkeypat
 
 
 def test_a_client_that_was_copied_alone_says_what_its_stand_in_needs(tmp_path):
-    shutil.copy(HERE / "null_client.py", tmp_path)
+    for module in ("null_client.py", "null_display.py"):
+        shutil.copy(HERE / module, tmp_path)
     done = run([sys.executable, tmp_path / "null_client.py", "--local"], BARE)
     assert (done.returncode, done.stdout.count("\n"), done.stderr.count("\n")) == (2, 1, 1)
     assert done.stderr.startswith("null_client: --local needs null_local.py beside this file: ")
+
+
+def test_a_command_that_was_copied_alone_says_what_it_needs(tmp_path):
+    shutil.copy(HERE / "null_client.py", tmp_path)
+    done = run([sys.executable, tmp_path / "null_client.py", "--local"], BARE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "null_client: the command needs null_display, beside this file\n"
 
 
 async def test_without_an_api_key_one_line_says_both_ways_to_give_one():

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-import null_client
+import null_display
 from tests.autoscaler import statuses
 from tests.command import Command
 from tests.reservation import worker_at
@@ -35,7 +35,7 @@ async def test_a_worker_that_lets_go_is_marked_and_the_demo_goes_on(small_vast):
 
 
 def ended_row(asked_at, held_at, ended_at, how="released"):
-    return null_client.Ended(asked_at, held_at, ended_at, how, "")
+    return null_display.Ended(asked_at, held_at, ended_at, how, "")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def ended_row(asked_at, held_at, ended_at, how="released"):
     ],
 )
 def test_the_chart(rows, workers, lines):
-    assert null_client.chart(rows, workers, width=20) == lines
+    assert null_display.chart(rows, workers, width=20) == lines
 
 
 class Gauge:
@@ -93,31 +93,37 @@ class Lost(Gauge):
     ("state", "label", "clock", "bar", "detail"),
     [
         (None, "planned", "", "", ""),
-        (null_client.Waiting(40.0), "waiting", "1:00", "", ""),
-        (null_client.Waiting(99.5, "HTTP 502"), "waiting", "0:00", "", "HTTP 502"),
-        (null_client.Held(0.0, 40.0, Gauge()), "held", "1:00", "until all are held", "http://w"),
+        (null_display.Waiting(40.0), "waiting", "1:00", "", ""),
+        (null_display.Waiting(99.5, "HTTP 502"), "waiting", "0:00", "", "HTTP 502"),
+        (null_display.Held(0.0, 40.0, Gauge()), "held", "1:00", "until all are held", "http://w"),
         (
-            null_client.Held(0.0, 40.0, Gauge(), math.inf),
+            null_display.Held(0.0, 40.0, Gauge(), math.inf),
             "held",
             "1:00",
             "until released",
             "http://w",
         ),
-        (null_client.Held(0.0, 40.0, Gauge(), 140.0), "held", "1:00", (60, 100), "http://w"),
-        (null_client.Held(0.0, 40.0, Gauge(), 90.0), "held", "1:00", (50, 50), "http://w"),
+        (null_display.Held(0.0, 40.0, Gauge(), 140.0), "held", "1:00", (60, 100), "http://w"),
+        (null_display.Held(0.0, 40.0, Gauge(), 90.0), "held", "1:00", (50, 50), "http://w"),
         (
-            null_client.Held(0.0, 99.0, Lost()),
+            null_display.Held(0.0, 99.0, Lost()),
             "held",
             "0:01",
             "until all are held",
             "not answering, given up in 7 s",
         ),
-        (null_client.Ended(0.0, 10.0, 75.0, "lost", "gone"), "lost", "1:05", "", "gone"),
-        (null_client.Ended(0.0, None, 5.0, "not reserved", "no"), "not reserved", "0:05", "", "no"),
+        (null_display.Ended(0.0, 10.0, 75.0, "lost", "gone"), "lost", "1:05", "", "gone"),
+        (
+            null_display.Ended(0.0, None, 5.0, "not reserved", "no"),
+            "not reserved",
+            "0:05",
+            "",
+            "no",
+        ),
     ],
 )
 def test_a_row_of_every_state_can_be_drawn(state, label, clock, bar, detail):
-    *columns, last, text = null_client.describe(state, now=100.0)
+    *columns, last, text = null_display.describe(state, now=100.0)
     shown = last if isinstance(last, str) else (last.completed, last.total)
     assert (columns, shown, text.plain) == ([label, clock], bar, detail)
 
@@ -130,7 +136,7 @@ async def test_on_a_terminal_there_are_rows_with_bars_and_the_workers(small_vast
     for pattern in (
         "#1 +waiting +0:0",
         r"#2 +held +0:0\d +\S*━\S* +http://127",
-        r"workers: 2 idle",
+        r"workers: 2 reserved",
         "workers: none",
     ):
         assert re.search(pattern, screen), pattern

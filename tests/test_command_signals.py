@@ -184,7 +184,7 @@ async def test_a_second_signal_ends_the_client_at_once(vast):
         worker.process.send_signal(signal.SIGSTOP)  # the session can't be closed
         try:
             command.process.send_signal(signal.SIGINT)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1.2)
             assert command.process.poll() is None
             command.process.send_signal(signal.SIGINT)
             assert await command.status(timeout=2) == 130

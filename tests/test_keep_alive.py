@@ -7,8 +7,6 @@ import pytest
 
 from null_client import keep_alive_due, reserve
 from null_worker import CREATE, LOOK, PING
-from tests.autoscaler import silence, statuses
-from tests.reservation import endpoint_of, expiration
 from tests.stub import GONE, first, stubbed
 from tests.waiting import eventually
 
@@ -73,48 +71,3 @@ async def test_a_keep_alive_that_arrives_late_is_not_repeated(caplog):
             assert session.expiration - time.time() < 1.5 * lifetime
             assert len(stub.times(PING)) == 1
         assert stub.left() == []
-
-
-async def test_whatever_a_look_claims_there_is_one_keep_alive_in_a_lifetime():
-    async def claim(name, claimed):
-        async with stubbed() as (stub, endpoint), reserve(endpoint, lifetime=2) as reservation:
-            (session,) = stub.sessions.values()
-            at_first = session.expiration
-            stub.fate = lambda route, _: (
-                (200, {"expiration": claimed(at_first)}) if route == LOOK else None
-            )
-            assert not await reservation.ended(timeout=7), name
-            assert 2 <= len(stub.times(PING)) <= 7 and len(stub.times(LOOK)) < 60, name
-            assert 0 < session.expiration - time.time() < 10 and reservation.time_to_live <= 4, name
-
-    claims = {
-        "far": lambda _: 1e11,
-        "farther each time": lambda _: time.time() + 1e9,
-        "long past": lambda _: 1.0,
-    }
-    claims["the first one, as from a cache"] = lambda at_first: at_first
-    await asyncio.gather(*(claim(*each) for each in claims.items()))
-
-
-async def test_a_reservation_is_kept_alive_and_never_beyond_one_and_a_half_lifetimes(vast):
-    lifetime, left = 4.0, []
-    await silence(vast)
-
-    async def agree():
-        """The client's clock with the worker's.
-
-        A keep-alive that is under way just then counts on one side only.
-        """
-        left.append(await expiration(reservation) - time.time())
-        return abs(left[-1] - reservation.time_to_live) < 1
-
-    async with endpoint_of(vast) as endpoint, reserve(endpoint, lifetime=lifetime) as reservation:
-        start = time.monotonic()
-        while time.monotonic() - start < 3 * lifetime:
-            await eventually(agree, timeout=3)
-            assert not await reservation.ended(timeout=0.2)
-    # It began when the create was sent, a moment earlier.
-    assert min(left) > 0 and max(left) < 1.5 * lifetime + 0.5
-    await eventually(lambda: statuses(vast) == ["Success"])
-    assert sum(report["new_load"] for report in vast.reports) <= 100
-    assert {report["cur_load"] for report in vast.reports} <= {0, 100}

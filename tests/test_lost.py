@@ -9,7 +9,7 @@ from aiohttp import web
 import null_client
 from null_client import WorkerLost, reserve
 from null_local import hold_port
-from null_worker import LOOK, PING
+from null_worker import LOOK
 from tests.reservation import endpoint_of, expiration, worker_at
 from tests.stub import stubbed, truth
 from tests.waiting import eventually
@@ -66,25 +66,8 @@ async def test_another_server_at_the_workers_address_is_not_taken_for_it(vast):
                     await runner.cleanup()
 
 
-async def test_a_lost_worker_that_is_back_at_the_end_of_the_block_is_told_to_close():
-    """A keep-alive had its effect, but the answers to it and to all that followed got lost."""
-    async with stubbed() as (stub, endpoint):
-        with pytest.raises(WorkerLost):
-            async with reserve(endpoint, lifetime=4) as reservation:
-                (session,) = stub.sessions.values()
-                stub.fate = lambda route, _: (
-                    "lost" if route == PING else (502, b"<html>") if stub.times(PING) else None
-                )
-                try:
-                    await reservation.ended()
-                finally:
-                    assert session.expiration - time.time() > 2
-                    stub.fate = truth
-        assert stub.left() == []
-
-
 async def test_looks_that_are_refused_now_and_then_are_no_end(monkeypatch):
-    monkeypatch.setattr(null_client, "CHECK", 0.2)
+    monkeypatch.setattr(null_client, "PAUSE", 0.2)
     async with stubbed() as (stub, endpoint), reserve(endpoint, lifetime=60) as reservation:
         stub.waits = False
         for _ in range(3):  # two to four looks each; five in a row would be the end

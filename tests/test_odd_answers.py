@@ -200,17 +200,15 @@ async def test_nonsense_from_a_worker_that_is_asked_for_a_session_is_waited_thro
     await asyncio.gather(*(ask(*case) for case in cases.items()))
 
 
-async def test_what_the_create_claims_of_its_expiration_is_not_believed():
+async def test_a_session_that_does_not_say_when_it_expires_is_ended_and_another_asked_for():
     async def claim(claimed):
         async with stubbed() as (stub, endpoint):
             session = SimpleNamespace(lifetime=4, expiration=time.time() + 4, over=asyncio.Event())
             stub.sessions["s"] = session
             stub.fate = first((201, {"session_id": "s", "expiration": claimed}), route=CREATE)
             async with reserve(endpoint, lifetime=4) as reservation:
-                assert 2 < reservation.time_to_live <= 4, claimed
-                assert not await reservation.ended(timeout=5), claimed
-                assert session.expiration - time.time() < 2 * 4, claimed
-                assert 1 <= len(stub.times(PING)) <= 2 and len(stub.times(LOOK)) < 20, claimed
+                assert reservation.session_id != "s", claimed
+                assert session.over.is_set(), claimed
             assert stub.left() == [], claimed
 
-    await asyncio.gather(*map(claim, [None, "soon", True, [], 10**400, math.inf, 1e11, 0, -1e11]))
+    await asyncio.gather(*map(claim, [None, "soon", True, [], 10**400, math.inf]))

@@ -7,8 +7,7 @@ from collections import Counter
 
 import pytest
 
-import null_client
-from null_client import poll_interval, reserve
+from null_client import poll_pause, reserve
 from tests.stub import ROUTE, first, stubbed
 from tests.waiting import eventually
 
@@ -66,13 +65,11 @@ async def test_those_who_have_left_take_no_time_of_those_who_come_after(wait):
             assert time.monotonic() - start < 5  # 12 were each of them waited for
 
 
-@pytest.mark.parametrize("waiting", [1, 2, 16, 17, 50, 100, 300, 1000, 5000, 100_000])
-def test_those_in_front_poll_every_second_and_all_together_within_the_rate(waiting):
-    intervals = [poll_interval(place, waiting) for place in range(waiting)]
-    assert set(intervals[:16]) == {1.0} and intervals == sorted(intervals)
-    assert sum(1 / (0.8 * interval) for interval in intervals) <= 60  # with all the jitter there is
-    assert max(intervals) >= 4.0 or waiting <= 16
-    assert null_client.LOOK <= 60  # or the worker refuses it
+@pytest.mark.parametrize(
+    ("failures", "seconds"), [(0, 1), (1, 1), (2, 2), (3, 4), (4, 5), (5, 5), (10**6, 5)]
+)
+def test_polls_back_off_while_they_fail(failures, seconds):
+    assert poll_pause(failures) == seconds
 
 
 async def test_a_request_keeps_its_place_by_what_it_says_to_the_router():

@@ -148,8 +148,6 @@ for _ in range(100_000):
         *({"on_close_payload": value} for value in (CIRCULAR, {(1, 2): 3})),
         {"cost": decimal.Decimal(100)},
         {"cost": math.nan},
-        {"lifetime": decimal.Decimal(60)},
-        {"lifetime": math.inf},
         {"on_close_route": b"/closed"},
     ],
     ids=lambda unsendable: repr(unsendable)[:40],

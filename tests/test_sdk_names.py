@@ -132,18 +132,17 @@ def test_every_private_name_of_the_sdk_is_checked_at_the_start(tmp_path):
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "name", ["_get_session", "autoscaler_url", "get_ssl_context", "client", "name", "api_key"]
-)
+OF_THE_ENDPOINT = ("id", "name", "api_key", "data", "last_refresh")
+OF_THE_CLIENT = ("autoscaler_url", "vast_web_url", "get_ssl_context", "is_open")
+
+
+@pytest.mark.parametrize("name", ["client", *OF_THE_ENDPOINT, *OF_THE_CLIENT])
 async def test_a_name_that_the_sdk_no_longer_has_is_noticed_before_anything_is_asked_for(name):
     async with stubbed() as (stub, endpoint):
-        client = SimpleNamespace(
-            **{
-                each: getattr(endpoint.client, each)
-                for each in ("_get_session", "autoscaler_url", "get_ssl_context")
-            }
-        )
-        known = SimpleNamespace(name=endpoint.name, api_key=endpoint.api_key, client=client)
+        names = {each: getattr(endpoint.client, each) for each in ("api_key", *OF_THE_CLIENT)}
+        client = SimpleNamespace(**names)
+        names = {each: getattr(endpoint, each) for each in OF_THE_ENDPOINT}
+        known = SimpleNamespace(**names, client=client)
         delattr(known if hasattr(known, name) else client, name)
         with pytest.raises(NotReserved, match=f"vastai-sdk is not known to work .*{name}"):
             await reserve(known, wait=2).__aenter__()
