@@ -26,6 +26,7 @@ import logging
 import os
 import runpy
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -57,11 +58,22 @@ INSTANCE_FILE = "instance.pem"
 
 # What a worker here doesn't get of the caller's environment: it describes some other instance.
 OF_ANOTHER_INSTANCE = ("UNSECURED", "USE_SSL", "BACKEND_HEALTH_URL", "BACKEND_START_TIMEOUT")
+# What it does get of the variables of this project. The others are for one worker, or one run.
+OF_ANY_CONSUMER = (
+    "NULL_CONSUMER",
+    "NULL_GRACE",
+    "NULL_EMPTY",
+    "NULL_RESIDENT",
+    "NULL_BROKEN_AFTER",
+)
 
 TICK = 0.1  # seconds between two looks at the processes
 ATTENTIVE = 10.0  # seconds without a poll, after which a place is kept, but holds up no free worker
 PROMISE = 5.0  # seconds in which a routed request has to show up on its worker
 STOP_GRACE = 9.0  # seconds from SIGTERM to SIGKILL; the worker's drain takes 8 at most
+TAIL = 1 << 16  # bytes of a file that are read at once
+LONGEST_LINE = 500  # characters of a line that is quoted
+QUOTED = 5  # last lines of what a COMMAND wrote that failed
 GIVE_UP = 3  # workers in a row that ended before they were ready
 PREFIX = "null-vast-"  # of the folder in the temporary directory
 
@@ -84,6 +96,55 @@ class LocalClient(Serverless):  # type: ignore[misc]  # the SDK has no types
         return self._context
 
 
+def lines_of(text: bytes) -> list[str]:
+    """The lines of a text, without empty ones, as they can be shown anywhere."""
+    lines = []
+    for line in text.decode(errors="replace").expandtabs().splitlines():
+        if line.strip():
+            # no escape sequence of a program's gets to the terminal
+            printable = "".join(letter if letter.isprintable() else "?" for letter in line)
+            lines.append(printable[:LONGEST_LINE])
+    return lines
+
+
+class GrowingFile:
+    """A file that others write to, and may remove."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read = 0  # bytes that were given out
+
+    def new_lines(self) -> list[str]:
+        """The complete lines that were written since the last call, of at most `TAIL` bytes."""
+        text = self._read_from(self._read, TAIL)
+        complete = text.rfind(b"\n") + 1
+        if not complete and len(text) == TAIL:
+            complete = TAIL  # a line without an end
+        self._read += complete
+        return lines_of(text[:complete])
+
+    def last_lines(self, most: int) -> list[str]:
+        """The last lines of those that no call has given out, as far as `TAIL` bytes go."""
+        size = self._size()
+        text = self._read_from(max(self._read, size - TAIL), TAIL)
+        self._read = size
+        return lines_of(text)[-most:]
+
+    def _size(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
+    def _read_from(self, position: int, most: int) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(position)
+                return file.read(most)
+        except OSError:
+            return b""
+
+
 @dataclass(eq=False)
 class LocalWorker:
     """One worker process, and what it last reported."""
@@ -104,6 +165,7 @@ class LocalWorker:
     was_ready: bool = False
     stopping: bool = False
     idle_since: float = field(default_factory=time.monotonic)
+    consumer: "ConsumerNews | None" = None
 
     @property
     def ports(self) -> tuple[int, int, int]:
@@ -140,21 +202,68 @@ class LocalWorker:
         """What the process writes to standard output and error."""
         return Path(self.folder, "log")
 
+    @property
+    def output(self) -> Path:
+        """What its consumer's COMMAND writes to standard output and error."""
+        return Path(self.folder, "output")
+
     def last_line(self) -> str:
         """The last line of its log."""
-        try:
-            lines = self.log.read_text(errors="replace").splitlines()
-        except OSError:  # somebody has cleaned up the temporary directory
-            lines = []
-        if not lines:
-            return "no output"
-        return lines[-1]
+        for line in GrowingFile(self.log).last_lines(1):
+            return line
+        return "no output"
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal, if it has a process that can take one."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
+
+
+class ConsumerNews:
+    """What a worker's consumer says, and what its COMMAND wrote when that has failed."""
+
+    def __init__(self, log: Path, output: Path) -> None:
+        self._log = GrowingFile(log)
+        self._output = GrowingFile(output)
+
+    def latest(self) -> list[str]:
+        """What came since the last call, a line each."""
+        news = []
+        for line in self._log.new_lines():
+            if line.startswith("null_consumer:"):
+                news.append(f": {line}")
+            if line.startswith("null_consumer: COMMAND failed:"):
+                news += [f" wrote: {wrote}" for wrote in self._output.last_lines(QUOTED)]
+        return news
+
+
+def of_the_caller(environment: Mapping[str, str]) -> dict[str, str]:
+    """What workers here get of the environment of whoever called."""
+    passed = {}
+    for name, value in environment.items():
+        if name in OF_ANOTHER_INSTANCE:
+            continue
+        if name.startswith("NULL_") and name not in OF_ANY_CONSUMER:
+            continue
+        passed[name] = value
+    return passed
+
+
+def in_callers_place(line: str, environment: Mapping[str, str], output: Path | None = None) -> str:
+    """A shell line that runs as if the caller had typed it, whatever the worker has changed.
+
+    What it writes goes to the end of `output`, where one is named. Raises OSError.
+    """
+    steps = []
+    if output is not None:
+        steps.append(f"exec >>{shlex.quote(str(output))} 2>&1")
+    steps.append(f"cd {shlex.quote(os.getcwd())} || exit")
+    for name in ("PATH", "VIRTUAL_ENV"):  # without which the worker starts it
+        if name in environment:
+            steps.append(f"export {name}={shlex.quote(environment[name])}")
+    # On a line of its own even a syntax error comes after these, and so in `output`.
+    return "; ".join(steps) + "\n" + line
 
 
 class LocalEndpoint:
@@ -470,7 +579,11 @@ class Instances:
         except OSError as error:
             self._forget(worker, f"can't be started: {error}")
             return
-        self._endpoint.tell(f"worker {worker.number} on {worker.url}, control {worker.control_url}")
+        where = [f"worker {worker.number} on {worker.url}"]
+        if worker.consumer is not None:
+            where.append(f"consumer's output {worker.output}")
+        where.append(f"control {worker.control_url}")
+        self._endpoint.tell(", ".join(where))
 
     async def _run(
         self, worker: LocalWorker, environment: dict[str, str], script: str
@@ -496,9 +609,7 @@ class Instances:
 
     def _environment_of(self, worker: LocalWorker, besides: dict[str, str]) -> dict[str, str]:
         """What Vast would set on an instance, on top of the caller's own environment."""
-        environment = {
-            name: value for name, value in os.environ.items() if name not in OF_ANOTHER_INSTANCE
-        }
+        environment = of_the_caller(os.environ)
         environment |= {
             "CONTAINER_ID": str(worker.number),
             "REPORT_ADDR": self._report_address,
@@ -511,12 +622,28 @@ class Instances:
         }
         if self._certificates:
             environment["USE_SSL"] = "true"
-        return environment | self._environment | besides
+        environment |= self._environment
+        environment |= besides
+        if environment.get("NULL_CONSUMER"):
+            worker.consumer = ConsumerNews(worker.log, worker.output)
+            environment["NULL_CONSUMER"] = in_callers_place(
+                environment["NULL_CONSUMER"], environment, worker.output
+            )
+        if environment.get("NULL_EMPTY"):
+            environment["NULL_EMPTY"] = in_callers_place(environment["NULL_EMPTY"], environment)
+        return environment
 
     def keep_folder(self) -> None:
-        """Make the folder anew if somebody has removed it: later starts need it."""
-        if self._folder.keep() and self._certificates:
+        """Make the folder anew if somebody has removed it: starts need it, and consumers' output.
+
+        Raises OSError.
+        """
+        if not self._folder.keep():
+            return
+        if self._certificates:
             self._certificates.write()
+        for worker in self._endpoint.workers.values():
+            os.makedirs(worker.folder, exist_ok=True)
 
     def bury(self, worker: LocalWorker) -> bool:
         """Whether its process has ended; the worker is then forgotten, and that is told."""
@@ -810,16 +937,29 @@ class LocalVast(LocalEndpoint):
     async def _stop(self, scaling: asyncio.Task[None]) -> None:
         scaling.cancel()
         await asyncio.wait({scaling})
-        await self._entered().stop()
+        stopping = asyncio.ensure_future(self._entered().stop())
+        while not stopping.done():
+            await asyncio.wait({stopping}, timeout=TICK)
+            for worker in self.workers.values():
+                self._tell_news(worker)
+        stopping.result()
 
     async def _scale(self) -> None:
         while True:
             await asyncio.sleep(TICK)
+            with contextlib.suppress(OSError):  # the next start says what is wrong
+                self._entered().keep_folder()
             for worker in list(self.workers.values()):
                 if worker.process is not None:
                     self._look_after(worker)
 
+    def _tell_news(self, worker: LocalWorker) -> None:
+        if worker.consumer is not None:
+            for news in worker.consumer.latest():
+                self.tell(f"worker {worker.number}{news}")
+
     def _look_after(self, worker: LocalWorker) -> None:
+        self._tell_news(worker)
         if not worker.free:
             worker.idle_since = time.monotonic()
         if self._entered().bury(worker):

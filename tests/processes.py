@@ -20,3 +20,14 @@ def holds(pid, path):
     with contextlib.suppress(OSError):
         return any(os.readlink(each) == path for each in Path(f"/proc/{pid}/fd").iterdir())
     return False
+
+
+def marked(mark):
+    """The processes with this text in their environment, and what each is called."""
+    found = {}
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in environment.read_bytes():
+                name = environment.with_name("comm").read_text().strip()
+                found[int(environment.parent.name)] = name
+    return found

@@ -87,6 +87,7 @@ async def test_a_folder_that_vanished_is_made_anew(tls):
         shutil.rmtree(vast.folder)
         worker = await fresh(vast)
         shutil.rmtree(vast.folder)
+        await eventually(lambda: Path(worker.folder).exists())
         worker.process.kill()
         await eventually(lambda: worker.number not in vast.workers)
         await fresh(vast)
