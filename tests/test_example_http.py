@@ -129,32 +129,37 @@ async def test_it_keeps_its_place_and_gets_the_worker_whatever_it_is_answered():
 
 
 async def test_without_a_command_it_waits_until_the_consumer_lets_the_worker_go():
-    async with LocalVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast:
-        async with reserve(vast, vast.url) as process:
-            worker = await eventually(lambda: ready(vast))
-            await eventually(lambda: the_only_session(worker))
-            await asyncio.sleep(1.5)  # longer than one look
-            assert process.returncode is None
-            await release(worker)
-            await end_of(process)
-            assert process.returncode == 0
+    async with (
+        LocalVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast,
+        reserve(vast, vast.url) as process,
+    ):
+        worker = await eventually(lambda: ready(vast))
+        await eventually(lambda: the_only_session(worker))
+        await asyncio.sleep(1.5)  # longer than one look
+        assert process.returncode is None
+        await release(worker)
+        await end_of(process)
+        assert process.returncode == 0
 
 
 async def test_a_signal_ends_the_command_and_lets_the_worker_go():
-    async with LocalVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast:
-        command = ("sh", "-c", "echo started; exec sleep 60")
-        async with reserve(vast, vast.url, *command) as process:
-            await asyncio.wait_for(process.stdout.readline(), 30)
-            worker = ready(vast)
-            process.terminate()
-            await end_of(process)
-            assert process.returncode == 143
-            assert await the_only_session(worker) is None
+    command = ("sh", "-c", "echo started; exec sleep 60")
+    async with (
+        LocalVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast,
+        reserve(vast, vast.url, *command) as process,
+    ):
+        await asyncio.wait_for(process.stdout.readline(), 30)
+        process.terminate()
+        await end_of(process)
+        assert process.returncode == 143
+        assert await the_only_session(ready(vast)) is None
 
 
 async def test_an_endpoint_that_is_not_there_is_said():
-    async with LocalVast(1, control_port=None, tls=True) as vast:
-        async with reserve(vast, vast.url, "true", VAST_ENDPOINT="other") as process:
-            _, errors = await end_of(process)
-            assert process.returncode == 1
-            assert errors == "no key of an endpoint named other\n"
+    async with (
+        LocalVast(1, control_port=None, tls=True) as vast,
+        reserve(vast, vast.url, "true", VAST_ENDPOINT="other") as process,
+    ):
+        _, errors = await end_of(process)
+        assert process.returncode == 1
+        assert errors == "no key of an endpoint named other\n"
