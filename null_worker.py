@@ -58,6 +58,7 @@ DEFAULTS = {
 }
 TRUE = ("y", "yes", "t", "true", "on", "1")  # as the framework reads a switch
 FALSE = ("n", "no", "f", "false", "off", "0")
+CONSUMER_SCRIPT = Path(__file__).with_name("null_consumer.py")
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)  # and a port
 
 
@@ -118,6 +119,21 @@ class _Environment:
             self.require(not is_own, name, "the consumer's own, not the control server's")
         return text
 
+    def consumer(self, name: str) -> str | None:
+        """The shell line that null_consumer.py is to run, whose own settings are checked too."""
+        line = self.values.get(name)
+        if line is None:
+            return None
+        self.require(line.strip(), name, "a shell line")
+        self.require(CONSUMER_SCRIPT.exists(), name, f"unset where there is no {CONSUMER_SCRIPT}")
+        import null_consumer  # only now: the worker works when it was copied alone
+
+        try:
+            null_consumer.Settings.from_environment(self.values)
+        except null_consumer.SettingsError as error:
+            raise StartupError(str(error)) from error
+        return line
+
     def require_instance(self) -> None:
         """Raise StartupError, which names all variables of a Vast instance that are missing."""
         mapped_port = f"VAST_TCP_PORT_{self.given.get('WORKER_PORT', '<WORKER_PORT>')}"
@@ -141,6 +157,7 @@ class Settings(NamedTuple):
     ports: tuple[int, int] = (3000, 3001)
     start_timeout: float = 1800.0  # seconds that the consumer may take to its first healthy answer
     unsecured: bool = False  # whether unsigned requests are accepted
+    consumer: str | None = None  # a shell line for null_consumer.py; None: somebody else starts one
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Settings":
@@ -152,6 +169,7 @@ class Settings(NamedTuple):
         health_url = given.health_url("BACKEND_HEALTH_URL", control_port)
         start_timeout = given.seconds("BACKEND_START_TIMEOUT")
         unsecured = given.switch("UNSECURED")
+        consumer = given.consumer("NULL_CONSUMER")
         given.require_instance()
         http_port = given.port("WORKER_HTTP_PORT")
         is_other = http_port != worker_port
@@ -163,7 +181,7 @@ class Settings(NamedTuple):
         if LOOPBACK.fullmatch(given.values["PUBLIC_IPADDR"]):
             host = given.values["PUBLIC_IPADDR"]
         ports = (worker_port, http_port)
-        return cls(control_port, health_url, host, ports, start_timeout, unsecured)
+        return cls(control_port, health_url, host, ports, start_timeout, unsecured, consumer)
 
 
 # The door: what requests to the framework's ports must be like
@@ -727,6 +745,104 @@ def _exact_counters(metrics: Any) -> Any:
     return Counters.empty()
 
 
+# The consumer that the worker starts, where NULL_CONSUMER names one
+
+CONSUMER_PAUSES = (1.0, 30.0)  # seconds until it is started again, the first time and at most
+CONSUMER_WELL = 60.0  # seconds after which one that ends was well before
+CONSUMER_GRACE = (4.0, 1.0, 0.5)  # seconds after SIGTERM, after SIGTERM again, and after SIGKILL
+
+
+def environment_of_consumer(env: Mapping[str, str], control_port: int) -> dict[str, str]:
+    """The worker's environment, but its token, and the virtual environment that it runs in.
+
+    Vast's bootstrap makes one for the worker; the consumer's `python` is the instance's own.
+    """
+    changed = {name: value for name, value in env.items() if name != "MASTER_TOKEN"}
+    changed["NULL_CONTROL_PORT"] = str(control_port)
+    if sys.prefix == sys.base_prefix:  # the worker runs in none
+        return changed
+    ours = os.path.realpath(sys.prefix)
+    if os.path.realpath(env.get("VIRTUAL_ENV", "")) == ours:
+        changed.pop("VIRTUAL_ENV")
+        changed.pop("VIRTUAL_ENV_PROMPT", None)
+    if "PATH" in env:
+        folders = env["PATH"].split(os.pathsep)
+        others = [each for each in folders if os.path.realpath(each) != os.path.join(ours, "bin")]
+        changed["PATH"] = os.pathsep.join(others)
+    return changed
+
+
+class ConsumerProcess:
+    """Runs null_consumer.py beside the worker, for as long as the worker lives."""
+
+    def __init__(self, line: str, environment: Mapping[str, str]) -> None:
+        """`line` is what null_consumer.py is to run, by a shell."""
+        # Nobody writes. The kernel closes our end when we end, however that comes, and
+        # null_consumer.py, which reads the other one to its end, then ends too.
+        self._pipe, self._our_end = os.pipe()
+        self._command = [
+            *(sys.executable, str(CONSUMER_SCRIPT), "--worker-pipe", str(self._pipe)),
+            *("--", "sh", "-c", line),
+        ]
+        self._environment = environment
+        self._process: asyncio.subprocess.Process | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._ending = asyncio.Event()
+
+    def start(self) -> None:
+        """Start it, and again whenever it has ended, until end()."""
+        self._running = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        pause, longest_pause = CONSUMER_PAUSES
+        while not self._ending.is_set():
+            started_at = time.monotonic()
+            why = await self._run_once()
+            if self._ending.is_set():
+                return
+            if time.monotonic() - started_at > CONSUMER_WELL:
+                pause, _ = CONSUMER_PAUSES
+            log.error("null_consumer.py %s; started again in %g s", why, pause)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), pause)
+            pause = min(2 * pause, longest_pause)
+
+    async def _run_once(self) -> str:
+        """Returns why it runs no more."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(self._pipe,),
+                env=self._environment,
+                start_new_session=True,  # a signal to our process group is for us alone
+            )
+        except OSError as error:
+            return f"can't be started: {error}"
+        log.info("started null_consumer.py pid=%d", process.pid)
+        self._process = process
+        if self._ending.is_set():  # meanwhile
+            self._signal(signal.SIGTERM)
+        return f"ended with status {await process.wait()}"
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def end(self) -> None:
+        """Ask it to end; again, which ends its command at once; then kill it."""
+        self._ending.set()
+        if self._running is None:
+            return
+        numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
+        for number, seconds in zip(numbers, CONSUMER_GRACE, strict=True):
+            self._signal(number)
+            await asyncio.wait({self._running}, timeout=seconds)
+            if self._running.done():
+                return
+
+
 # The worker
 
 PERFORMANCE = 100  # one session of cost 100 is one worker; 99.9 would be rounded up to one more
@@ -765,6 +881,7 @@ class NullWorker:
         self.broken_reason: str | None = None  # the first one stays
         self.undone = "anything: the event loop is blocked"  # of the drain
         self._callbacks: set[object] = set()  # the tasks that wait for an on_close callback
+        self._consumer: ConsumerProcess | None = None  # that we have started ourselves
         self.framework = Framework(settings, self)
 
     # Starting
@@ -806,11 +923,18 @@ class NullWorker:
         self.framework.benchmark_file.write_text(f"{PERFORMANCE}\n")
         ControlServer(self.settings.control_port, self.control_functions()).start()
         log.info("control server port=%d", self.settings.control_port)
+        self._start_consumer()
         self._watching = asyncio.create_task(self._watch_health())
         await wait_until(lambda: self.stage is Stage.READY)
         # The framework marks the worker as loaded next, and would tell that up to 10 s later.
         self.framework.report_soon()
         yield
+
+    def _start_consumer(self) -> None:
+        if self.settings.consumer is not None and self.stage is not Stage.DRAINING:
+            environment = environment_of_consumer(os.environ, self.settings.control_port)
+            self._consumer = ConsumerProcess(self.settings.consumer, environment)
+            self._consumer.start()
 
     # Well or sick
 
@@ -988,7 +1112,7 @@ class NullWorker:
 
     async def show_session(self, wait: float) -> Answer:
         """The open session, as soon as there is one, at the latest after `wait` seconds."""
-        await wait_until(lambda: self.framework.session() or self.stage is Stage.DRAINING, wait)
+        await wait_until(self.framework.session, wait)
         session = self.framework.session()
         if session is None:
             return Answer(200, {"session_id": None})
@@ -1045,6 +1169,9 @@ class NullWorker:
     async def _drain(self) -> None:
         """Take no new session, end the open one, and see that the autoscaler knows."""
         self.stage = Stage.DRAINING
+        if self._consumer is not None:  # before the session: no job runs on a worker that is free
+            self._next_step("the end of null_consumer.py")
+            await self._consumer.end()
         session = self.framework.session()
         self._next_step(f"the on_close callbacks of session={session and session.session_id}")
         await self.release(None)
