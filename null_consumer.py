@@ -274,7 +274,8 @@ class Renewal:
         self._port = port
         self._named = session_id is not None
         self._next_at = time.monotonic()
-        self._expires_at = self._next_at + time_to_live
+        # One that has almost run out, or has and wasn't swept yet, may still be renewed.
+        self._expires_at = self._next_at + max(time_to_live, 2 * RENEW_EVERY)
         self._exchange: Exchange | None = None
 
     @property
@@ -603,7 +604,6 @@ class Run:
     guards: ClassVar[set[int]] = set()  # of all runs: children, but not of a COMMAND's family
 
     def __init__(self, program: Program, lock: int) -> None:
-        """Raises OSError where no process can be forked."""
         self.started_at = time.monotonic()
         self.order = Order.NONE
         self.process: int | None = None  # COMMAND's own, once it is started
@@ -620,18 +620,29 @@ class Run:
         orders, self._orders = os.pipe()
         os.set_blocking(self._reports, False)
         os.set_blocking(orders, False)
-        # A signal that comes before the guard ignores it would count as one to the wrapper.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        self._guard = os.fork()
-        if self._guard == 0:
-            try:
-                guard(program, orders, reports, lock)
-            finally:
-                os._exit(0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self.guards.add(self._guard)
+        self._guard = -1
+        try:
+            self._guard = self._fork(program, orders, reports, lock)
+        except OSError as error:
+            self.failure = f"can't be started: {error}"
+            self._close()
         os.close(reports)
         os.close(orders)
+
+    def _fork(self, program: Program, orders: int, reports: int, lock: int) -> int:
+        # A signal that came before the guard ignores it would count as one to the wrapper.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    guard(program, orders, reports, lock)
+                finally:
+                    os._exit(0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.guards.add(pid)
+        return pid
 
     @property
     def due(self) -> float:
@@ -691,7 +702,8 @@ class Run:
             self._close()
             return
         self.failure = self.failure or "its guard was killed"
-        self._orphans = Family(None, self._grace, spared=self.guards - {self._guard})
+        command = None if self.ended else self.process
+        self._orphans = Family(command, self._grace, spared=self.guards - {self._guard})
         self._orphans.obey(max(self.order, Order.END))
 
     def _close(self) -> None:
@@ -700,7 +712,7 @@ class Run:
         self.guards.discard(self._guard)
         os.close(self._orders)
         os.close(self._reports)
-        with contextlib.suppress(ChildProcessError):  # reaped with the orphans
+        with contextlib.suppress(ChildProcessError):  # reaped with the orphans, or never forked
             os.waitpid(self._guard, 0)
 
 
@@ -907,7 +919,10 @@ class Stop:
     due = math.inf
 
     def __init__(self, worker_pipe: int | None = None) -> None:
-        """`worker_pipe` is read to its end, which comes when the worker's process has ended."""
+        """`worker_pipe` comes to its end when the worker's process has ended.
+
+        Raises SettingsError where it isn't open.
+        """
         self.now = False
         self.at_once = False  # with a second signal
         self.worker_is_gone = False
@@ -923,8 +938,12 @@ class Stop:
                 signal.signal(number, lambda *_: None)
         self._worker_pipe = worker_pipe
         if worker_pipe is not None:
-            os.set_inheritable(worker_pipe, False)
-            os.set_blocking(worker_pipe, False)
+            try:
+                os.set_inheritable(worker_pipe, False)
+                os.set_blocking(worker_pipe, False)
+            except OSError as error:
+                text = f"--worker-pipe is {worker_pipe}, should be an open pipe: {error}"
+                raise SettingsError(text) from None
             self._descriptors[worker_pipe] = select.POLLIN
 
     def descriptors(self) -> Mapping[int, int]:
@@ -1066,12 +1085,12 @@ class Consumer:
             program = Program(self._command, environment, self._settings.grace)
             run = Run(program, self._lock)
             self._watch(run, lease, waiting)
-            self._note(run, run.failure)
+            self._take_account(run)
             if run.failure or run.order != Order.NONE or waiting is None:
                 return
             verdict, progress = progress.after_run(self._count(waiting, lease))
             if verdict is Verdict.FAILED:
-                self._note(run, f"{IDLE_RUNS} runs in a row, and no fewer jobs wait")
+                self._failed(run.started_at, f"{IDLE_RUNS} runs, and no fewer jobs wait")
             elif verdict is Verdict.AGAIN:
                 self._hold(lease, run.started_at + RERUN_EVERY)
 
@@ -1079,9 +1098,9 @@ class Consumer:
         """Until nothing of it is left."""
         if waiting:
             waiting.look_regularly()
-        while not run.done:
+        while not run.done or (waiting and waiting.busy):
             run.obey(self._order(lease, waiting))
-            if run.ended and waiting:
+            if waiting and (run.ended or run.order != Order.NONE):
                 waiting.stop()
             parts: list[Part] = [run, self._next if lease.gone else lease]
             if waiting:
@@ -1121,29 +1140,33 @@ class Consumer:
             self._turn(run)
         if time.monotonic() - run.started_at > LONG_RUN:
             self._failures = Failures()
-        if run.order == Order.NONE:
-            self._note(run, run.failure or "it ended by itself")
+        if run.order == Order.NONE and not run.failure:
+            run.failure = "it ended by itself"
+        self._take_account(run)
         self._release(None)
 
     # What follows
 
-    def _note(self, run: Run, failure: str) -> None:
-        """Take account of how a run went."""
+    def _take_account(self, run: Run) -> None:
         if run.stuck:
             self._report_broken(f"survives SIGKILL: {run.stuck}")
-        if run.status == 0 and not failure:
+        if run.failure:
+            self._failed(run.started_at, run.failure)
+        elif run.status == 0:
             self._failures = Failures()
-        if failure:
-            self._failures = self._failures.one_more(run.started_at)
-            say(f"COMMAND failed: {failure}; the next run is {self._failures.pause:g} s away")
-            now = time.monotonic()
-            if self._failures.are_the_workers(now, self._settings.broken_after):
-                times = f"{self._failures.times} times in {now - self._failures.since:.0f} s"
-                self._report_broken(f"the consumer failed {times}: {failure}")
+
+    def _failed(self, started_at: float, why: str) -> None:
+        self._failures = self._failures.one_more(started_at)
+        say(f"COMMAND failed: {why}; a pause of {self._failures.pause:g} s")
+        now = time.monotonic()
+        if self._failures.are_the_workers(now, self._settings.broken_after):
+            times = f"{self._failures.times} times in {now - self._failures.since:.0f} s"
+            self._report_broken(f"the consumer failed {times}: {why}")
 
     def _report_broken(self, reason: str) -> None:
         say(f"reporting the worker as broken: {reason}")
-        self._post(f"/broken?reason={quote(reason.encode()[:1000])}", ANSWER_WAIT)
+        text = reason.encode(errors="replace")[:1000].decode(errors="ignore")
+        self._post(f"/broken?reason={quote(text)}", ANSWER_WAIT)
 
     def _release(self, session_id: str | None) -> None:
         """None: whichever is open."""
@@ -1151,11 +1174,11 @@ class Consumer:
         if answer.get("released"):
             say(f"released session={' '.join(answer['session_ids'])}")
 
-    def _post(self, target: str, seconds: float) -> dict[str, Any]:
-        """Tell the worker, several times if need be. Returns its answer; empty without one."""
-        until = time.monotonic() + seconds
+    def _post(self, target: str, timeout: float) -> dict[str, Any]:
+        """Tell the worker, and again for 5 s if need be. Its answer; empty if there is none."""
+        give_up_at = time.monotonic() + ANSWER_WAIT
         while not self._stop.worker_is_gone:
-            asked = Exchange(self._port, "POST", target, seconds)
+            asked = Exchange(self._port, "POST", target, timeout)
             while not asked.done and not self._stop.worker_is_gone:
                 if self._stop.at_once:
                     asked.due = min(asked.due, time.monotonic() + RETRY_EVERY)
@@ -1164,7 +1187,7 @@ class Consumer:
             if asked.answer:
                 return asked.answer
             retry_at = time.monotonic() + RETRY_EVERY
-            if retry_at >= until or self._stop.at_once:
+            if self._stop.at_once or retry_at > give_up_at:
                 say(f"the worker was not told {target.partition('?')[0]}: {asked.problem}")
                 break
             while time.monotonic() < retry_at and not self._stop.at_once:
@@ -1178,9 +1201,11 @@ class Consumer:
 class Lease:
     """A reservation that a consumer has taken itself. True as long as it is held and wanted."""
 
-    def __init__(self, port: int, renewal: Renewal, is_ending: Callable[[], bool]) -> None:
+    def __init__(
+        self, port: int, renewal: Renewal, limit: float | None, is_ending: Callable[[], bool]
+    ) -> None:
         self.session_id = renewal.session_id
-        self.limit: float = math.inf  # seconds between two looks
+        self._limit = math.inf if limit is None else limit
         self._port = port
         self._renewal = renewal
         self._is_ending = is_ending
@@ -1205,21 +1230,22 @@ class Lease:
             return
         self._closed = True
         self._renewing.join()
-        if self._renewal.gone:
-            return
         target = target_for("/release", self.session_id)
-        until = time.monotonic() + RELEASE_WAIT
-        while not (asked := ask(self._port, "POST", target, RELEASE_WAIT)).answer:
-            if time.monotonic() >= until:
-                say(f"the worker was not told to release {self.session_id}: {asked.problem}")
+        give_up_at = time.monotonic() + ANSWER_WAIT
+        while not self._renewal.gone:
+            asked = ask(self._port, "POST", target, RELEASE_WAIT)
+            if asked.answer:
+                return
+            if time.monotonic() > give_up_at:
+                say(f"the worker was not told /release: {asked.problem}")
                 return
             time.sleep(RETRY_EVERY)
 
     def _renew(self) -> None:
         while not self._closed:
             turn([self._renewal], time.monotonic() + GLANCE)
-            if time.monotonic() - self._looked_at > self.limit:
-                say(f"nobody has looked at the lease for {self.limit:g} s: the job hangs")
+            if time.monotonic() - self._looked_at > self._limit:
+                say(f"nobody has looked at the lease for {self._limit:g} s: the job hangs")
                 os._exit(HANGING)
         self._renewal.close()
 
@@ -1260,7 +1286,7 @@ def ask(
     return asked
 
 
-def reservations(limit: float = math.inf) -> Iterator[Lease]:
+def reservations(limit: float | None = None) -> Iterator[Lease]:
     """Take one reservation after the other, until SIGTERM: for a consumer that stays (--resident).
 
     Each is renewed in a thread, and released at the end of its `with` block. It turns false once
@@ -1284,8 +1310,7 @@ def reservations(limit: float = math.inf) -> Iterator[Lease]:
             session_id = asked.answer.get("session_id")
             if session_id and not is_ending():
                 renewal = Renewal(port, session_id, float(asked.answer.get("time_to_live", 0)))
-                with Lease(port, renewal, is_ending) as lease:
-                    lease.limit = limit
+                with Lease(port, renewal, limit, is_ending) as lease:
                     yield lease
             elif asked.problem:
                 time.sleep(RETRY_EVERY)
