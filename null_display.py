@@ -25,13 +25,18 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from null_client import Reservation
+    from null_client import Jobs, Progress, Reservation
 
 STANDARD_OUTPUT = 1
 CHUNK = 4096  # bytes; a pipe that is ready takes so many without blocking
 MOST_TEXTS = 1000  # that wait for the reader; what comes then is lost
 BAR_WIDTH = 16
 CHART_WIDTH = 40
+
+MOST_HISTORY = 2000  # moments that the chart of a backlog is drawn from
+JOBS_HEIGHT = 5  # lines
+RESERVED_HEIGHT = 3
+BACKLOG_MARGIN = 17  # columns before its bars
 
 
 class Waiting(NamedTuple):
@@ -128,14 +133,11 @@ class Output:
                 self._progress_at = time.monotonic()
 
 
-class Display:
-    """What a person sees of the reservations: rows on a terminal, lines with times elsewhere."""
+class Screen:
+    """What a person sees: something live on a terminal, and lines with times."""
 
-    def __init__(self, rows: int, on_broken_pipe: Callable[[], object]) -> None:
+    def __init__(self, on_broken_pipe: Callable[[], object]) -> None:
         """`on_broken_pipe` is called in another thread when standard output has no reader left."""
-        self.rows: dict[str, State] = {f"#{place + 1}": None for place in range(rows)}
-        self.workers = ""  # the endpoint's, by state
-        self.running: list[tuple[float, int]] = []  # when there were how many of them
         self.output = Output(on_broken_pipe)
         self._console = Console(
             file=self.output,  # type: ignore[arg-type]
@@ -151,6 +153,21 @@ class Display:
     def say(self, line: str) -> None:
         """A line for the log."""
         self._console.print(Text(f"{time.strftime('%H:%M:%S')} {line}"), soft_wrap=True)
+
+    def _render(self) -> Group:
+        """What is live."""
+        raise NotImplementedError
+
+
+class Display(Screen):
+    """What a person sees of single reservations: a row for each on a terminal, lines elsewhere."""
+
+    def __init__(self, rows: int, on_broken_pipe: Callable[[], object]) -> None:
+        """`on_broken_pipe` is called in another thread when standard output has no reader left."""
+        self.rows: dict[str, State] = {f"#{place + 1}": None for place in range(rows)}
+        self.workers = ""  # the endpoint's, by state
+        self.running: list[tuple[float, int]] = []  # when there were how many of them
+        super().__init__(on_broken_pipe)
 
     # What becomes of a reservation
 
@@ -244,6 +261,75 @@ class Display:
         return Group(table, *map(one_line, lines))
 
 
+class BacklogDisplay(Screen):
+    """What a person sees of a backlog and of the workers reserved for it."""
+
+    def __init__(self, on_broken_pipe: Callable[[], object]) -> None:
+        """`on_broken_pipe` is called in another thread when standard output has no reader left."""
+        self._progress: Progress | None = None
+        self._workers = "none"  # the endpoint's, by what they do
+        self._asked_since: float | None = None
+        self._history: list[tuple[float, int, int]] = []  # when, how many jobs, how many reserved
+        super().__init__(on_broken_pipe)
+
+    def has_progressed(self, progress: Progress) -> None:
+        before = self._progress
+        self._progress = progress
+        workers = count(progress.workers)
+        if not self.output.on_terminal:
+            if before is None or backlog_line(progress) != backlog_line(before):
+                self.say(backlog_line(progress))
+            if workers != self._workers:
+                self.say(f"workers: {workers}")
+        self._workers = workers
+        if not progress.asked:
+            self._asked_since = None
+        elif self._asked_since is None:
+            self._asked_since = time.monotonic()
+        self._remember(progress)
+
+    def _remember(self, progress: Progress) -> None:
+        """For the chart. What lasts for weeks is remembered in less detail."""
+        if progress.jobs is None:
+            return
+        reserved = progress.own + progress.others
+        self._history.append((time.monotonic(), progress.jobs.total, reserved))
+        if len(self._history) > MOST_HISTORY:
+            del self._history[1::2]
+
+    def show_chart(self) -> None:
+        """On a terminal: jobs over workers."""
+        self.live.stop()
+        if self.output.on_terminal and self._history:
+            width = min(CHART_WIDTH, self._console.width - BACKLOG_MARGIN - 1)
+            lines = backlog_chart(self._history, time.monotonic(), width)
+            self.output.write("\n".join(lines) + "\n")
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for name, text in self._rows():
+            table.add_row(name, Text(text))
+        return Group(table)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        progress = self._progress
+        if progress is None:
+            return []
+        asked = str(progress.asked)
+        if self._asked_since is not None:
+            asked += f", for {clock(time.monotonic() - self._asked_since)}"
+        rows = [
+            ("jobs", jobs_text(progress.jobs)),
+            ("wanted", str(progress.wanted)),
+            ("reserved", reserved_text(progress)),
+            ("asked for", asked),
+            ("workers", self._workers),
+        ]
+        return rows + [("trouble", text) for text in progress.troubles]
+
+
 def one_line(text: str) -> Text:
     """Text that is cut off at the terminal's edge."""
     return Text(text, overflow="crop", no_wrap=True)
@@ -326,3 +412,53 @@ def workers_line(workers: list[tuple[float, int]], first: float, scale: float, w
         digit = str(number) if number < 10 else "+"
         counts[place:] = [digit] * (width - place)
     return "".join(counts)
+
+
+def jobs_text(jobs: Jobs | None) -> str:
+    if jobs is None:
+        return "not known"
+    if jobs.in_hand is None:
+        return f"{jobs.waiting} to do"
+    return f"{jobs.waiting} waiting, {jobs.in_hand} in hand"
+
+
+def reserved_text(progress: Progress) -> str:
+    text = str(progress.own + progress.others)
+    if progress.others:
+        text += f", {progress.others} by others"
+    return text
+
+
+def backlog_line(progress: Progress) -> str:
+    """All numbers in a line: `jobs: 12 waiting, 3 in hand; 3 wanted, 2 reserved, 1 asked for`."""
+    numbers = f"{progress.wanted} wanted, {reserved_text(progress)} reserved"
+    return f"jobs: {jobs_text(progress.jobs)}; {numbers}, {progress.asked} asked for"
+
+
+def backlog_chart(history: list[tuple[float, int, int]], end: float, width: int) -> list[str]:
+    """Jobs over reserved workers, on one time axis; `history`: when there were how many of them."""
+    begin = history[0][0]
+    scale = width / max(end - begin, 0.001)  # columns in a second
+    jobs = [0] * width
+    reserved = [0] * width
+    for (moment, *numbers), (until, *_) in zip(history, [*history[1:], (end, 0, 0)], strict=True):
+        first = min(width - 1, int((moment - begin) * scale))
+        last = min(width - 1, int((until - begin) * scale))
+        for column in range(first, last + 1):
+            jobs[column] = max(jobs[column], numbers[0])
+            reserved[column] = max(reserved[column], numbers[1])
+    axis = f"{'0 s':<{width - 8}}{f'{end - begin:.0f} s':>8}"
+    lines = [*bars("jobs", jobs, JOBS_HEIGHT), *bars("reserved", reserved, RESERVED_HEIGHT)]
+    return [*lines, " " * BACKLOG_MARGIN + axis]
+
+
+def bars(name: str, numbers: list[int], height: int) -> list[str]:
+    """A bar chart, so many lines high at most, with its highest number at the top."""
+    highest = max(1, *numbers)
+    height = min(height, highest)
+    lines = []
+    for level in range(height, 0, -1):  # a column reaches a level if it is above the one below
+        filled = ["#" if number * height > (level - 1) * highest else " " for number in numbers]
+        label = f"{name:<9}{highest:>6}" if level == height else ""
+        lines.append(f"{label:<{BACKLOG_MARGIN - 1}}|{''.join(filled)}".rstrip())
+    return lines

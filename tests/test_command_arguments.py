@@ -24,6 +24,8 @@ def test_the_command_has_the_defaults_of_its_help(monkeypatch):
         "interval": 30,
     }
     expected |= {"plateau": 300, "count": 3, "cost": 100, "lifetime": 120, "wait": 1800}
+    expected |= {"backlog": None, "max": None, "jobs_per_worker": 1, "once": False}
+    expected |= {"every": 5, "settle": 30}
     assert vars(null_client.parse_arguments(["--local"])) == expected
     monkeypatch.setenv("VAST_ENDPOINT", "mine")
     monkeypatch.setenv("VAST_INSTANCE", "alpha")
@@ -47,6 +49,12 @@ def test_the_command_has_the_defaults_of_its_help(monkeypatch):
         (["--local", "--lifetime", "0.5"], "argument --lifetime: 0.5 is not within"),
         (["--local", "--lifetime", "inf"], "argument --lifetime: inf is not within"),
         (["--local", "--wait=-inf"], "argument --wait: -inf is not within"),
+        (["--local", "--backlog", "echo 1"], "argument --max: needed with --backlog"),
+        (["--local", "--backlog", "echo 1", "--max", "0"], "argument --max: 0 is not within"),
+        (["--local", "--backlog", "echo 1", "--demo"], "not allowed with argument"),
+        (["--local", "--every", "0"], "argument --every: 0 is not within"),
+        (["--local", "--settle=-1"], "argument --settle: -1 is not within"),
+        (["--local", "--jobs-per-worker", "1.5"], "argument --jobs-per-worker: '1.5' is not a"),
         (
             ["--endpoint", "x", "--instance", "moon"],
             "argument --instance: 'moon' is none of prod, alpha",

@@ -1,0 +1,286 @@
+"""What follow() decides: a pure function of numbers."""
+
+import math
+
+import pytest
+
+from null_client import Course, Decision, Jobs, Limits, Look, as_jobs, decide
+
+NOT_KNOWN = None
+
+
+def look(at, jobs, asked=0, own=(), **more):
+    """A look at which Vast's list shows no reservations but our own."""
+    numbers = {"listed": len(own), "most_own": len(own), "last_opened": max(own, default=-math.inf)}
+    return Look(at=at, jobs=jobs, asked=asked, own=own, **{**numbers, **more})
+
+
+def course_of(looks, most=20, **limits):
+    """One look after the other: what the last one left behind, and what it decided."""
+    course, decision = Course(), None
+    for each in looks:
+        course, decision = decide(Limits(most, **limits), course, each)
+    return course, decision
+
+
+# name: (the looks, the limits, what the last one decides: wanted, others, ask, take back)
+CASES = {
+    "one number, all of it is waiting": ([look(0, Jobs(3))], {}, (3, 0, 3, 0)),
+    "two numbers, both are to be done": (
+        [
+            look(0, Jobs(3, 0)),
+            look(5, Jobs(0, 3), own=(1, 2, 3)),
+            look(10, Jobs(2, 3), own=(1, 2, 3)),
+        ],
+        {},
+        (5, 0, 2, 0),
+    ),
+    "no job": ([look(0, Jobs(0, 0))], {}, (0, 0, 0, 0)),
+    "never more than the most": ([look(0, Jobs(50, 0))], {"most": 4}, (4, 0, 4, 0)),
+    "what was asked for isn't asked for again": (
+        [look(0, Jobs(5, 0)), look(5, Jobs(5, 0), asked=3)],
+        {},
+        (5, 0, 2, 0),
+    ),
+    "jobs per worker, rounded up": (
+        [look(0, Jobs(25, 0))],
+        {"jobs_per_worker": 12},
+        (3, 0, 3, 0),
+    ),
+    "jobs per worker, as many as are enough for one": (
+        [look(0, Jobs(12, 0))],
+        {"jobs_per_worker": 12},
+        (1, 0, 1, 0),
+    ),
+    "as many jobs as one can count to": (
+        [look(0, Jobs(10**17 + 1, 0))],
+        {"most": 10**17, "jobs_per_worker": 2},
+        (5 * 10**16 + 1, 0, 5 * 10**16 + 1, 0),
+    ),
+    "jobs in hand have their workers, or come back by themselves: phantoms": (
+        [look(0, Jobs(2, 18))],
+        {},
+        (20, 0, 2, 0),
+    ),
+    "only phantoms": ([look(0, Jobs(0, 3))], {}, (3, 0, 0, 0)),
+    "of one number phantoms can't be told": ([look(0, Jobs(3))], {}, (3, 0, 3, 0)),
+    "one that loads for minutes isn't opened twice": (
+        [look(0, Jobs(2, 5)), look(60, Jobs(2, 5), own=(10, 10))],
+        {},
+        (7, 0, 0, 0),
+    ),
+    "one that was opened before waiting fell has pulled": (
+        [look(0, Jobs(3, 0)), look(5, Jobs(2, 1), own=(1,)), look(10, Jobs(2, 1), own=(1,))],
+        {},
+        (3, 0, 2, 0),
+    ),
+    "more reserved than wanted: nothing is ended": (
+        [look(0, Jobs(9, 0)), look(90, Jobs(0, 1), own=(1, 2, 3, 4))],
+        {},
+        (1, 0, 0, 0),
+    ),
+    "more reserved than wanted: what waits is taken back": (
+        [look(0, Jobs(9, 0)), look(90, Jobs(0, 1), own=(1, 2, 3, 4), asked=5)],
+        {},
+        (1, 0, 0, 5),
+    ),
+    "too many for less than settle: all keep waiting": (
+        [look(0, Jobs(9, 0)), look(5, Jobs(9, 0), asked=9), look(34, Jobs(0, 0), asked=9)],
+        {},
+        (0, 0, 0, 0),
+    ),
+    "too many for settle: the rest is taken back": (
+        [look(0, Jobs(9, 0)), look(5, Jobs(2, 0), asked=9), look(34, Jobs(0, 0), asked=9)],
+        {"settle": 30},
+        (0, 0, 0, 7),
+    ),
+    "a zero between two readings takes back nothing": (
+        [look(0, Jobs(9, 0)), look(5, Jobs(0, 0), asked=9), look(10, Jobs(9, 0), asked=9)],
+        {"settle": 8},
+        (9, 0, 0, 0),
+    ),
+    "not known for long, then zero: settle begins with the zero": (
+        [
+            look(0, Jobs(9, 0)),
+            look(50, NOT_KNOWN, asked=9),
+            look(55, Jobs(0, 0), asked=9),
+        ],
+        {},
+        (0, 0, 0, 0),
+    ),
+    "others' reservations count": (
+        [look(0, Jobs(5, 0)), look(20, Jobs(5, 0), listed=2)],
+        {},
+        (5, 2, 3, 0),
+    ),
+    "the list still shows what we have just ended": (
+        [look(0, Jobs(5, 0)), look(20, Jobs(5, 0), listed=2, most_own=2)],
+        {},
+        (5, 0, 5, 0),
+    ),
+    "the list doesn't show yet what we have just opened": (
+        [look(0, Jobs(5, 0)), look(20, Jobs(3, 2), own=(18, 19), listed=0)],
+        {},
+        (5, 0, 3, 0),
+    ),
+    "others count by the highest of the last 15 s": (
+        [
+            look(0, Jobs(5, 0)),
+            look(20, Jobs(5, 0), listed=4),
+            look(30, Jobs(5, 0), listed=1),
+        ],
+        {},
+        (5, 4, 1, 0),
+    ),
+    "and then no longer": (
+        [
+            look(0, Jobs(5, 0)),
+            look(20, Jobs(5, 0), listed=4),
+            look(36, Jobs(5, 0), listed=1),
+        ],
+        {},
+        (5, 1, 4, 0),
+    ),
+    "a restart: the first list shows a predecessor's, so none in the first 15 s": (
+        [look(0, Jobs(9, 1), listed=1), look(14, Jobs(9, 1), listed=1)],
+        {},
+        (10, 1, 0, 0),
+    ),
+    "a restart: after these 15 s": (
+        [look(0, Jobs(9, 1), listed=1), look(15, Jobs(9, 1), listed=1)],
+        {},
+        (10, 1, 9, 0),
+    ),
+    "a restart: the first list comes late": (
+        [look(0, Jobs(9, 1), listed=NOT_KNOWN), look(20, Jobs(9, 1), listed=1)],
+        {},
+        (10, 1, 0, 0),
+    ),
+    "a list that fails: the last one counts for a minute": (
+        [
+            look(0, Jobs(0, 0)),
+            look(20, Jobs(5, 0), listed=2),
+            look(80, Jobs(5, 0), listed=NOT_KNOWN),
+        ],
+        {},
+        (5, 2, 3, 0),
+    ),
+    "refused: none before it is time": (
+        [look(0, Jobs(5, 0)), look(5, Jobs(5, 0), refused_until=6)],
+        {},
+        (5, 0, 0, 0),
+    ),
+    "refused: then one is tried": (
+        [look(0, Jobs(5, 0)), look(6, Jobs(5, 0), refused_until=6)],
+        {},
+        (5, 0, 1, 0),
+    ),
+    "refused: one at a time": (
+        [look(0, Jobs(5, 0)), look(7, Jobs(5, 0), refused_until=6, asked=1)],
+        {},
+        (5, 0, 0, 0),
+    ),
+    "two have ended and nothing moved: not yet stuck": (
+        [look(0, Jobs(9, 0)), look(5, Jobs(9, 0), ended=2)],
+        {},
+        (9, 0, 9, 0),
+    ),
+    "stuck: requests beyond one are taken back": (
+        [look(0, Jobs(9, 0)), look(5, Jobs(9, 0), ended=3, asked=6)],
+        {},
+        (9, 0, 0, 5),
+    ),
+    "stuck: one at a time": (
+        [
+            look(0, Jobs(9, 0)),
+            look(5, Jobs(9, 0), ended=3),
+            look(99, Jobs(9, 0), ended=3, own=(6,)),
+        ],
+        {},
+        (9, 0, 0, 0),
+    ),
+    "stuck, one number": (
+        [look(0, Jobs(9)), look(5, Jobs(9), ended=3, asked=6)],
+        {},
+        (9, 0, 0, 5),
+    ),
+    "ended and more were put in: that is no movement": (
+        [look(0, Jobs(9, 0)), look(5, Jobs(12, 0), ended=3, asked=6)],
+        {},
+        (12, 0, 0, 5),
+    ),
+    "what was in hand has changed: that is": (
+        [look(0, Jobs(9, 2)), look(5, Jobs(9, 1), ended=3, asked=6)],
+        {},
+        (10, 0, 3, 0),
+    ),
+    "fewer are waiting: that is": (
+        [look(0, Jobs(9, 2)), look(5, Jobs(8, 2), ended=3, asked=6)],
+        {},
+        (10, 0, 2, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize(("looks", "limits", "expected"), CASES.values(), ids=CASES)
+def test_decides_by_numbers(looks, limits, expected):
+    _, decision = course_of(looks, **limits)
+    assert decision == Decision(*expected)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        look(5, NOT_KNOWN, asked=9),
+        look(66, Jobs(0, 0), asked=9, listed=NOT_KNOWN),
+    ],
+    ids=["jobs", "a list for over a minute"],
+)
+def test_what_is_not_known_asks_for_nothing_and_takes_nothing_back(last):
+    _, decision = course_of([look(0, Jobs(9, 0)), last])
+    assert decision is None
+
+
+def test_stuck_the_pauses_double_up_to_a_minute_and_are_forgotten_once_something_moves():
+    limits = Limits(most=20)
+    course, _ = course_of([look(0, Jobs(9, 0)), look(1, Jobs(9, 0), ended=3)])
+    at, ended, opened = 1.0, 3, [1.0]
+    while len(opened) < 10:
+        at += 0.5
+        course, decision = decide(
+            limits, course, look(at, Jobs(9, 0), ended=ended, last_opened=opened[-1])
+        )
+        if decision.ask:  # it is opened at once, and ends at once
+            assert decision.ask == 1
+            opened.append(at)
+            ended += 1
+    pauses = [later - earlier for earlier, later in zip(opened, opened[1:], strict=False)]
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+    course, decision = decide(limits, course, look(at + 1, Jobs(8, 0), ended=ended))
+    assert course.stuck_since is None
+    assert decision.ask == 8
+
+
+def test_stuck_the_pause_runs_from_when_the_last_one_was_opened_not_from_when_it_was_asked_for():
+    course, _ = course_of([look(0, Jobs(9, 0)), look(1, Jobs(9, 0), ended=3)])
+    course, first = decide(Limits(20), course, look(2, Jobs(9, 0), ended=3))
+    course, waits = decide(Limits(20), course, look(201, Jobs(9, 0), ended=4, last_opened=200))
+    course, next_one = decide(Limits(20), course, look(202, Jobs(9, 0), ended=4, last_opened=200))
+    assert [each.ask for each in (first, waits, next_one)] == [1, 0, 1]
+
+
+def test_the_looks_that_found_no_job_are_counted_until_one_finds_some_or_fails():
+    none = [look(0, Jobs(1, 0)), look(5, Jobs(0, 0)), look(10, Jobs(0, 0))]
+    course, _ = course_of(none)
+    assert (course.none_since, course.looks_at_none) == (5, 2)
+    for last in (look(15, Jobs(0, 1)), look(15, NOT_KNOWN)):
+        course, _ = course_of([*none, last])
+        assert (course.none_since, course.looks_at_none) == (None, 0)
+
+
+def test_what_a_backlog_may_answer():
+    assert as_jobs(7) == Jobs(7, None)
+    assert as_jobs((7, 2)) == Jobs(7, 2)
+    assert as_jobs([0, 0]) == Jobs(0, 0)
+    assert as_jobs(Jobs(7)) == Jobs(7)
