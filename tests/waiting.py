@@ -26,6 +26,6 @@ async def eventually(condition, timeout=60.0, epitaph=lambda: None):
                 result, why = None, f"{why}: {error!r}"
         if result:
             return result
-        assert over is None, over
+        assert not over, over
         assert time.monotonic() < deadline, why
         await asyncio.sleep(0.02)
