@@ -682,6 +682,7 @@ class Run:
         what, _, about = line.partition(" ")
         if what == "started":
             self.process = int(about)
+            self.started_at = time.monotonic()
         elif what == "ended":
             self.ended = True
             self.status = int(about)
