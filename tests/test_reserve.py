@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import aiohttp
 import pytest
 
 from null_client import NotReserved, reserve
@@ -260,3 +261,18 @@ async def test_the_readmes_reserve_needs_nothing_but_null_client(vast, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.split()[1] in [worker.url for worker in list(vast.workers.values())]
     await eventually(lambda: statuses(vast) == ["Success"])
+
+
+@pytest.mark.parametrize("bug", [OSError, ValueError, asyncio.TimeoutError, aiohttp.ClientError])
+@pytest.mark.parametrize("route", [ROUTE, CREATE])
+async def test_what_on_trouble_raises_comes_out_and_is_no_trouble_of_vasts(route, bug):
+    def on_trouble(trouble):
+        raise bug("of the caller")
+
+    async with stubbed() as (stub, endpoint):
+        stub.fate = first((502, b"<html>"), route=route)
+        with pytest.raises(bug, match="of the caller"):
+            async with reserve(endpoint, wait=10, on_trouble=on_trouble):
+                pass
+        assert len(stub.times(ROUTE)) == 1
+        assert stub.left() == []
