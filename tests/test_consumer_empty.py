@@ -36,14 +36,14 @@ async def test_one_that_never_ends_is_asked_when_nothing_waits_and_gets_all_its_
     # It has a job in hand when it is asked, and that takes longer than the grace.
     asked = "echo asked; sleep 4; echo job done; exit 0"
     line = f"trap '{asked}' TERM; echo began; while :; do sleep 0.1; done"
-    options = ("--grace", "1", "--empty", "echo >> looks; cat waiting")
+    options = ("--grace", "1", "--empty", "cat waiting; echo >> looks")
     async with consumer(worker, tmp_path, *options, command=line, script=quick) as running:
         session_id = await create(vast, worker, lifetime=3)
         await running.until_printed("began")
         await looked(tmp_path, 3)
         assert not running.printed("asked")
-        (tmp_path / "waiting").write_text("0\n1\n")  # nothing waits, one is in hand
         before = looks(tmp_path)
+        (tmp_path / "waiting").write_text("0\n1\n")  # nothing waits, one is in hand
         await running.until_printed("asked")
         assert looks(tmp_path) >= before + 2
         await running.until_said(f"released session={session_id}")
