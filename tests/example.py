@@ -239,7 +239,7 @@ def kill(*processes):
 
 def _runs(process, program):
     with contextlib.suppress(psutil.Error):
-        return any(Path(word).name == program for word in process.cmdline()[:2])
+        return any(Path(word).name == program for word in process.cmdline()[:5])
     return False
 
 
