@@ -60,11 +60,10 @@ def check_that_sigterm_gives_the_job_back_at_once(example):
 
 
 def check_that_heartbeats_keep_others_off(example):
-    """The wait for a worker that died must be much shorter than the job."""
-    example.put(1, 6)
+    """The wait for a worker that died must be much shorter than 20 s."""
+    example.put(1, 20)
     with example.consumer() as first:
         example.until(lambda: in_hand(example))
-        example.ask("consumer")  # one that finds nothing to do
+        example.ask("consumer")  # stays for as long as that wait, and finds nothing to do
         assert outcomes(example) == (0, 0)
-        first.wait(30)
-    assert outcomes(example) == (1, 0)
+        assert first.poll() is None
