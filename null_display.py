@@ -152,7 +152,13 @@ class Screen:
 
     def say(self, line: str) -> None:
         """A line for the log."""
-        self._console.print(Text(f"{time.strftime('%H:%M:%S')} {line}"), soft_wrap=True)
+        moment = time.strftime("%H:%M:%S")
+        if self.output.on_terminal:
+            row = Table.grid(padding=(0, 1))  # breaks lines between words, beside the time
+            row.add_row(moment, Text(line, overflow="fold"))
+            self._console.print(row)
+        else:
+            self._console.print(Text(f"{moment} {line}"), soft_wrap=True)
 
     def _render(self) -> Group:
         """What is live."""
@@ -310,7 +316,7 @@ class BacklogDisplay(Screen):
         table.add_column(no_wrap=True)
         table.add_column()
         for name, text in self._rows():
-            table.add_row(name, Text(text))
+            table.add_row(name, Text(text, overflow="fold"))
         return Group(table)
 
     def _rows(self) -> list[tuple[str, str]]:
