@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent.parent
-
-
 ON_VAST = {
     "CONTAINER_ID": "1",
     "PUBLIC_IPADDR": "127.0.0.1",
@@ -19,8 +17,7 @@ ON_VAST = {
     "WORKER_PORT": "3000",
     "VAST_TCP_PORT_3000": "3000",
 }
-
-
+# What was set for the tests themselves is no setting of what they start.
 BARE = {
     name: value
     for name, value in os.environ.items()

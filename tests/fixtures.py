@@ -9,7 +9,7 @@ import pytest
 from null_local import LocalVast
 from tests.http import post
 from tests.waiting import eventually
-from tests.worker import WORKERS
+from tests.worker import WORKERS, epitaph
 
 # Ignored in a run in the background, and so by all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,21 +30,14 @@ async def shared_vast():
 @pytest.fixture
 async def vast(shared_vast):
     """LocalVast with its workers ready and free, and an empty record."""
-    await eventually(
-        lambda: all(
-            not w.process or w.process.returncode is None for w in shared_vast.workers.values()
-        )
-    )
+    await eventually(lambda: all(epitaph(each) is None for each in shared_vast.workers.values()))
     for _ in range(WORKERS - len(shared_vast.workers)):
         shared_vast.start_worker()
     await eventually(lambda: all(worker.free for worker in shared_vast.workers.values()))
-    for record in (
-        shared_vast.reports,
-        shared_vast.ended,
-        shared_vast.failing_polls,
-        shared_vast.waiting,
-    ):
-        record.clear()
+    shared_vast.reports.clear()
+    shared_vast.ended.clear()
+    shared_vast.failing_polls.clear()
+    shared_vast.waiting.clear()
     shared_vast.first_request = shared_vast.last_request + 1
     yield shared_vast
     shared_vast.overbooked, shared_vast.report_delay = False, 0.0

@@ -15,14 +15,17 @@ RAW = [
     (422, b'"x"'),
     (422, b"\xff\xfe\xff"),
     (422, b'{"auth_data": "\xc3\x28"}'),
+    (422, b"1.5"),
+    (422, b"true"),
+    (422, b"9" * 5000),
+    (422, b"[" * 9_000),
+    (422, b"[" * 300_000),
     (422, b"[" * 500_000),
     (422, b'{"auth_data":' * 50_000),
     (422, b'{"payload": {"lifetime": ' + b"9" * 5000 + b"}}"),
     (413, b" " * ((1 << 20) + 1)),
     (413, b'{"auth_data": "' + b"x" * (3 << 20)),
 ]
-
-
 # Every route of the framework on both of its ports.
 DOORS = [*(("port", path) for path in ROUTES), ("http_port", END)]
 NO_TEXT = [None, 1, True, [], {}]
@@ -76,8 +79,6 @@ NASTY = (
     "x\nFORGED\rFORGED\r\nFORGED\x85FORGED\u2028FORGED\u2029FORGED"
     "\x0bFORGED\x0cFORGED\x1cFORGED\x1b[2K\x1b[1GFORGED"
 )
-
-
 WIRE = [
     b"garbage\r\n\r\n",
     b"GET / HTTP/x.y\r\n\r\n",

@@ -12,8 +12,6 @@ from null_local import LocalClient, hold_port
 from null_worker import CREATE, END, LOOK, PING
 
 ROUTE = "/route/"
-
-
 GONE = {"error": "session does not exist"}
 
 
@@ -27,9 +25,13 @@ class Stub:
 
     def __init__(self):
         self.fate = truth
-        self.free, self.waits = True, True  # a worker is; the workers know `wait`
-        self.sessions, self.asked, self.numbers = {}, [], itertools.count(1)
-        self._connections, self._server = set(), None
+        self.free = True  # a worker is
+        self.waits = True  # the workers know `wait`
+        self.sessions = {}
+        self.asked = []  # when, route, message
+        self.numbers = itertools.count(1)
+        self._connections = set()
+        self._server = None
 
     async def __aenter__(self):
         await self.listen()
@@ -38,8 +40,7 @@ class Stub:
 
     async def __aexit__(self, *_):
         self._server.close()
-        for connection in self._connections:
-            connection.cancel()
+        self.drop_connections()
         if self._connections:
             await asyncio.wait(self._connections)
 
@@ -80,25 +81,33 @@ class Stub:
         task.add_done_callback(self._connections.discard)
         with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = re.search(r"content-length: *(\d+)", head)
-                body = await reader.readexactly(int(length[1])) if length else b"{}"
-                answer = await self._answer(head.split()[1].partition("?")[0], json.loads(body))
+                answer = await self._answer(*await self._read(reader))
                 if answer is None:
                     break
-                text = answer[1] if isinstance(answer[1], bytes) else json.dumps(answer[1]).encode()
-                writer.write(
-                    b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (answer[0], len(text)) + text
-                )
+                status, body = answer
+                text = body if isinstance(body, bytes) else json.dumps(body).encode()
+                head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(text))
+                writer.write(head + text)
         writer.transport.abort()
 
+    async def _read(self, reader):
+        """The path and the JSON of a request."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = re.search(r"content-length: *(\d+)", head)
+        body = await reader.readexactly(int(length[1])) if length else b"{}"
+        return head.split()[1].partition("?")[0], json.loads(body)
+
     async def _answer(self, path, message):
+        """Status and body; None: the connection is dropped."""
         route = re.sub(r"^/w\d+", "", path)
         self.asked.append((time.monotonic(), route, message))
         fate = self.fate(route, message)
-        fate = await fate if asyncio.iscoroutine(fate) else fate
-        if isinstance(fate, tuple) or fate == "reset":
-            return fate if fate != "reset" else None
+        if asyncio.iscoroutine(fate):
+            fate = await fate
+        if isinstance(fate, tuple):
+            return fate
+        if fate == "reset":
+            return None
         status, answer = await self._truth(route, message)
         if fate == "lost":
             if route == CREATE:
@@ -109,37 +118,11 @@ class Stub:
 
     async def _truth(self, route, message):
         if route.startswith("/api/"):
-            one = {
-                "id": 1,
-                "endpoint_name": "stub",
-                "api_key": "key",
-                "user_id": 1,
-                "created_at": 0.0,
-            }
-            return 200, {"success": True, "results": [one], "result": one}
+            return 200, self._endpoints()
         if route == ROUTE:
-            auth = {"request_idx": message["request_idx"] or next(self.numbers)}
-            if not self.free:
-                return 200, {**auth, "status": "no worker is free"}
-            worker = f"{self.url}/w{next(self.numbers)}"
-            auth |= {
-                "cost": message["cost"],
-                "endpoint": "stub",
-                "reqnum": 1,
-                "signature": "",
-                "url": worker,
-            }
-            return 200, auth
+            return 200, self._route(message)
         if route == CREATE:
-            name, lifetime = f"s{next(self.numbers)}", message["payload"]["lifetime"]
-            new = SimpleNamespace(
-                name=name,
-                lifetime=lifetime,
-                expiration=time.time() + lifetime,
-                over=asyncio.Event(),
-            )
-            self.sessions[name] = new
-            return 201, {"session_id": name, "expiration": new.expiration}
+            return 201, self._create(message)
         if "session_id" not in message:  # a worker of another test, whose autoscaler had this port
             return 404, {}
         session = self.sessions.get(message["session_id"])
@@ -150,12 +133,39 @@ class Stub:
             return 410 if route == PING else 400, GONE
         if route == END:
             session.over.set()
-        session.expiration += session.lifetime * (route == PING)
-        return 200, {
-            END: {"ended": True},
-            PING: {"result": {}},
-            LOOK: {"expiration": session.expiration},
-        }[route]
+            return 200, {"ended": True}
+        if route == PING:
+            session.expiration += session.lifetime
+            return 200, {"result": {}}
+        return 200, {"expiration": session.expiration}
+
+    def _endpoints(self):
+        """The web API's."""
+        one = {"id": 1, "endpoint_name": "stub", "api_key": "key"}
+        one |= {"user_id": 1, "created_at": 0.0}
+        return {"success": True, "results": [one], "result": one}
+
+    def _route(self, message):
+        request_idx = message["request_idx"] or next(self.numbers)
+        if not self.free:
+            return {"request_idx": request_idx, "status": "no worker is free"}
+        return {
+            "request_idx": request_idx,
+            "cost": message["cost"],
+            "endpoint": "stub",
+            "reqnum": 1,
+            "signature": "",
+            "url": f"{self.url}/w{next(self.numbers)}",
+        }
+
+    def _create(self, message):
+        name = f"s{next(self.numbers)}"
+        lifetime = message["payload"]["lifetime"]
+        expiration = time.time() + lifetime
+        self.sessions[name] = SimpleNamespace(
+            name=name, lifetime=lifetime, expiration=expiration, over=asyncio.Event()
+        )
+        return {"session_id": name, "expiration": expiration}
 
 
 @contextlib.asynccontextmanager
@@ -169,8 +179,14 @@ async def stubbed():
 
 def first(*fates, route, then=None):
     """A fate: the first requests to a route get these, one each."""
-    fates = list(fates)
-    return lambda asked, _: (fates.pop(0) if fates else then) if asked == route else None
+    left = list(fates)
+
+    def fate(asked, _message):
+        if asked != route:
+            return None
+        return left.pop(0) if left else then
+
+    return fate
 
 
 def truth(_route, _message):

@@ -145,11 +145,9 @@ async def test_leaving_is_carried_through_a_cancellation_at_any_step():
             for _ in range(steps):
                 await asyncio.sleep(0)
         await asyncio.wait({holding})
-        assert (
-            holding.cancelled()
-            and processes_of(folders[-1]) == []
-            and not Path(folders[-1]).exists()
-        )
+        assert holding.cancelled()
+        assert processes_of(folders[-1]) == []
+        assert not Path(folders[-1]).exists()
 
 
 def test_a_localvast_outside_of_its_block_says_so_in_a_line():

@@ -83,11 +83,9 @@ async def test_an_autoscaler_and_a_web_api_that_fail_for_a_while_do_not_end_the_
             def fail(route, _):
                 if route.startswith("/api/"):
                     return 500, b"<html>"
-                return (
-                    (fates.pop(0), b"<html>out of order</html>")
-                    if fates and route == ROUTE
-                    else None
-                )
+                if fates and route == ROUTE:
+                    return fates.pop(0), b"<html>out of order</html>"
+                return None
 
             stub.fate = fail
             async with contextlib.AsyncExitStack() as stack:

@@ -27,23 +27,22 @@ class Storm:
     """
 
     def __init__(self, seed, count, url, key="key", name="stub", seconds=4.0, lifetimes=(2, 60)):
-        self.dice, self.count, self.url, self.key, self.name = (
-            random.Random(seed),
-            count,
-            url,
-            key,
-            name,
-        )
-        self.seconds, self.lifetimes = seconds, lifetimes
-        self.held, self.complaints, self.unexpected, self.tasks_left = 0, [], [], set()
+        self.dice = random.Random(seed)
+        self.count = count
+        self.url, self.key, self.name = url, key, name
+        self.seconds = seconds
+        self.lifetimes = lifetimes
+        self.held = 0
+        self.complaints = []  # of the event loop
+        self.unexpected = []  # exceptions
+        self.tasks_left = set()
 
     async def one(self, endpoint):
         dice = self.dice
         await asyncio.sleep(dice.uniform(0, self.seconds / 2))
         with contextlib.suppress(NotReserved, WorkerLost, KeyError):
-            async with reserve(
-                endpoint, lifetime=dice.choice(self.lifetimes), wait=self.seconds
-            ) as reservation:
+            lifetime = dice.choice(self.lifetimes)
+            async with reserve(endpoint, lifetime=lifetime, wait=self.seconds) as reservation:
                 self.held += 1
                 how = dice.choice(
                     ["at once", "hold", "close", "closed by others", "waiters", "raise"]
@@ -72,10 +71,8 @@ class Storm:
     async def blow(self, to_the_end):
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: self.complaints.append(context))
-        client, opened = (
-            LocalClient(self.key, autoscaler_url=self.url, webserver_url=self.url),
-            loop.create_future(),
-        )
+        client = LocalClient(self.key, autoscaler_url=self.url, webserver_url=self.url)
+        opened = loop.create_future()
         tasks = []
 
         # As long as somebody needs the connection, also while asyncio.run() ends.
