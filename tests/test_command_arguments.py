@@ -1,5 +1,6 @@
 """The arguments of the command, and the account that it uses."""
 
+import re
 import shutil
 import sys
 
@@ -66,6 +67,19 @@ def test_bad_arguments_are_refused_by_name(arguments, message, capsys, monkeypat
     with pytest.raises(SystemExit) as exit:
         null_client.main(arguments)
     assert exit.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_number_of_the_command_is_checked(capsys):
+    defaults = vars(null_client.parse_arguments(["--local"]))
+    named = [name for name, value in defaults.items() if type(value) in (int, float)]
+    assert len(named) > 8
+    for name in named:
+        flag = f"--{name.replace('_', '-')}"
+        for value in ("much", "nan", "-1"):
+            with pytest.raises(SystemExit):
+                null_client.parse_arguments(["--local", f"{flag}={value}"])
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert re.search(rf"argument {flag}: '?{value}'? is not", said), said
 
 
 def test_a_client_that_was_copied_alone_says_what_its_stand_in_needs(tmp_path):
