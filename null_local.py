@@ -72,7 +72,7 @@ ATTENTIVE = 10.0  # seconds without a poll, after which a place is kept, but hol
 PROMISE = 5.0  # seconds in which a routed request has to show up on its worker
 STOP_GRACE = 9.0  # seconds from SIGTERM to SIGKILL; the worker's drain takes 8 at most
 TAIL = 1 << 16  # bytes of a file that are read at once
-LONGEST_LINE = 500  # characters of a line that is quoted
+LONGEST_LINE = 1000  # characters of a line that is quoted
 QUOTED = 5  # last lines of what a COMMAND wrote that failed
 GIVE_UP = 3  # workers in a row that ended before they were ready
 PREFIX = "null-vast-"  # of the folder in the temporary directory
@@ -145,6 +145,24 @@ class GrowingFile:
             return b""
 
 
+class ConsumerNews:
+    """What a worker's consumer says, and what its COMMAND wrote when that has failed."""
+
+    def __init__(self, log: Path, output: Path) -> None:
+        self._log = GrowingFile(log)
+        self._output = GrowingFile(output)
+
+    def latest(self) -> list[str]:
+        """What came since the last call, a line each."""
+        news = []
+        for line in self._log.new_lines():
+            if line.startswith("null_consumer:"):
+                news.append(f": {line}")
+            if line.startswith("null_consumer: COMMAND failed:"):
+                news += [f" wrote: {wrote}" for wrote in self._output.last_lines(QUOTED)]
+        return news
+
+
 @dataclass(eq=False)
 class LocalWorker:
     """One worker process, and what it last reported."""
@@ -165,7 +183,7 @@ class LocalWorker:
     was_ready: bool = False
     stopping: bool = False
     idle_since: float = field(default_factory=time.monotonic)
-    consumer: "ConsumerNews | None" = None
+    consumer: ConsumerNews | None = None
 
     @property
     def ports(self) -> tuple[int, int, int]:
@@ -209,33 +227,16 @@ class LocalWorker:
 
     def last_line(self) -> str:
         """The last line of its log."""
-        for line in GrowingFile(self.log).last_lines(1):
-            return line
-        return "no output"
+        lines = GrowingFile(self.log).last_lines(1)
+        if not lines:
+            return "no output"
+        return lines[0]
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal, if it has a process that can take one."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
-
-
-class ConsumerNews:
-    """What a worker's consumer says, and what its COMMAND wrote when that has failed."""
-
-    def __init__(self, log: Path, output: Path) -> None:
-        self._log = GrowingFile(log)
-        self._output = GrowingFile(output)
-
-    def latest(self) -> list[str]:
-        """What came since the last call, a line each."""
-        news = []
-        for line in self._log.new_lines():
-            if line.startswith("null_consumer:"):
-                news.append(f": {line}")
-            if line.startswith("null_consumer: COMMAND failed:"):
-                news += [f" wrote: {wrote}" for wrote in self._output.last_lines(QUOTED)]
-        return news
 
 
 def of_the_caller(environment: Mapping[str, str]) -> dict[str, str]:
@@ -396,11 +397,11 @@ class Folder:
 
     def keep(self) -> bool:
         """Make it anew where somebody has removed it; whether that was needed. Raises OSError."""
-        if os.path.isdir(self.path):
+        if self._locked is not None and os.path.isdir(self.path):
             return False
         self._unlock()
         while self._locked is None:
-            os.mkdir(self.path, 0o700)
+            os.makedirs(self.path, 0o700, exist_ok=True)
             self._lock()
         return True
 
@@ -432,9 +433,10 @@ class Folder:
                     os.close(left)
 
 
-def place_of(request_idx: int, waiting: Iterable[int], polled_at: Mapping[int, float]) -> int:
+def place_of(
+    request_idx: int, waiting: Iterable[int], polled_at: Mapping[int, float], now: float
+) -> int:
     """How many come before this request; only those that were asked for lately count."""
-    now = time.monotonic()
     place = 0
     for other in waiting:
         if other == request_idx:
@@ -465,13 +467,11 @@ def another_is_needed(place: int, workers: Iterable[LocalWorker], max_workers: i
     return place >= free + loading and len(workers) < max_workers
 
 
-def why_to_stop(worker: LocalWorker, inactivity_timeout: float) -> str | None:
+def why_to_stop(worker: LocalWorker, inactivity_timeout: float, now: float) -> str | None:
     """Why a worker is to be stopped now, or None: it stays."""
-    if worker.stopping:
-        return None
     if worker.state == "ERROR":
         return "it reported an error"
-    if worker.free and time.monotonic() - worker.idle_since > inactivity_timeout:
+    if worker.free and now - worker.idle_since > inactivity_timeout:
         return "idle"
     return None
 
@@ -576,7 +576,7 @@ class Instances:
             return
         try:
             worker.process = await self._run(worker, environment, script)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in its environment
             self._forget(worker, f"can't be started: {error}")
             return
         where = [f"worker {worker.number} on {worker.url}"]
@@ -660,7 +660,8 @@ class Instances:
         del self._endpoint.workers[worker.number]
         close_all(worker.held)
         if not worker.was_ready:
-            self._endpoint.failed_starts.append(why)
+            reported = worker.report.get("error_msg")
+            self._endpoint.failed_starts.append(reported or why)
         self._endpoint.tell(f"worker {worker.number} {why}")
 
     async def stop(self) -> None:
@@ -756,24 +757,24 @@ class Router:
             return refusal(404, f"no endpoint {query['endpoint']!r}")
         if len(endpoint.failed_starts) >= GIVE_UP:
             why = endpoint.failed_starts[-1]
-            return refusal(409, f"{GIVE_UP} workers in a row failed to start; the last one {why}")
+            return refusal(409, f"{GIVE_UP} workers in a row failed to start; the last one: {why}")
 
         request_idx = query.get("request_idx") or endpoint.next_request()
-        self._keep_place(request_idx, query.get("replay_timeout", 60.0))
-        place = place_of(request_idx, endpoint.waiting, endpoint.polled_at)
+        now = time.monotonic()
+        self._keep_place(request_idx, now, query.get("replay_timeout", 60.0))
+        place = place_of(request_idx, endpoint.waiting, endpoint.polled_at, now)
         worker = worker_for(place, endpoint.workers.values(), endpoint.overbooked)
         if worker is not None:
             worker.promised_to = request_idx
-            worker.promised_until = time.monotonic() + PROMISE
+            worker.promised_until = now + PROMISE
             self._give_up_place(request_idx)
             return web.json_response(endpoint.auth_data(worker, query["cost"], request_idx))
         if another_is_needed(place, endpoint.workers.values(), endpoint.max_workers):
             self._start_worker()
         return self._waiting_answer(request_idx)
 
-    def _keep_place(self, request_idx: int, replay_timeout: float) -> None:
+    def _keep_place(self, request_idx: int, now: float, replay_timeout: float) -> None:
         """Keep this one's place from now on, and drop those that were not kept."""
-        now = time.monotonic()
         self._endpoint.waiting[request_idx] = now + replay_timeout
         self._endpoint.polled_at[request_idx] = now
         for other, lost_at in list(self._endpoint.waiting.items()):
@@ -905,7 +906,7 @@ class LocalVast(LocalEndpoint):
         self._certificates: Certificates | None = None
         self._origin = ""
         self._instances: Instances | None = None  # None: not entered
-        self._leaving = contextlib.AsyncExitStack()
+        self._undo = contextlib.AsyncExitStack()  # of what entering did
 
     async def __aenter__(self) -> "LocalVast":
         async with contextlib.AsyncExitStack() as stack:  # undone if a step fails or is cancelled
@@ -925,12 +926,13 @@ class LocalVast(LocalEndpoint):
                 self.control_port,
             )
             stack.push_async_callback(self._stop, asyncio.create_task(self._scale()))
-            self._leaving = stack.pop_all()
+            self._undo = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Carried through: a cancellation meanwhile takes effect after that."""
         try:
-            await carry_through(self._leaving.aclose())
+            await carry_through(self._undo.aclose())
         finally:
             self._instances = None
 
@@ -960,11 +962,12 @@ class LocalVast(LocalEndpoint):
 
     def _look_after(self, worker: LocalWorker) -> None:
         self._tell_news(worker)
-        if not worker.free:
-            worker.idle_since = time.monotonic()
         if self._entered().bury(worker):
             return
-        why = why_to_stop(worker, self.inactivity_timeout)
+        now = time.monotonic()
+        if not worker.free:
+            worker.idle_since = now
+        why = why_to_stop(worker, self.inactivity_timeout, now)
         if why is not None:
             self.tell(f"worker {worker.number} stopping: {why}")
             worker.stopping = True

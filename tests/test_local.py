@@ -94,7 +94,8 @@ async def test_workers_that_cannot_start_end_the_wait(environment, why):
     async with LocalVast(
         control_port=None, environment=environment, on_event=events.append
     ) as vast:
-        with pytest.raises(NotReserved, match="HTTP 409.*3 workers in a row failed to start"):
+        refused = f"HTTP 409.*3 workers in a row failed to start; the last one: .*{why}"
+        with pytest.raises(NotReserved, match=refused):
             async with endpoint_of(vast) as endpoint, reserve(endpoint):
                 pass
     assert len([event for event in events if re.search(why, event)]) >= 3
