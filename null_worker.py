@@ -18,6 +18,7 @@ import json
 import logging
 import operator
 import os
+import queue
 import re
 import resource
 import signal
@@ -33,7 +34,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 from urllib.parse import SplitResult, parse_qs, urljoin, urlsplit
 
 import aiohttp
@@ -497,6 +498,8 @@ class ControlHandler(BaseHTTPRequestHandler):
 
 # The framework: Vast's SDK
 
+KEY_TIMEOUT = 10.0  # seconds for the key server to answer
+KEY_ERRORS = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, LookupError)
 SDK_ERRORS = (ImportError, AttributeError, TypeError, ValueError, LookupError)
 
 
@@ -570,9 +573,19 @@ class Framework:
             lifecycle=hooks.lifecycle(),
         )
         self._lib = lib
+        self._steady_clock()
         self._worker = Worker(config)
         self._backend = self._worker.backend
         self._metrics = self._backend.metrics
+
+    def _steady_clock(self) -> None:
+        """Let the framework's reports and leases go by a clock that nobody can set."""
+        self._offset = time.time() - time.monotonic()
+        self._shift = 0  # see handle()
+        steady = SimpleNamespace(**{**vars(time), "time": self.now})
+        for module in (self._lib.backend, self._lib.metrics, self._lib.data_types):
+            _require_names(module, "time.time")
+            module.time = steady
 
     def _check_names(self) -> None:
         """Look for names that are used later, where a missing one would be found too late."""
@@ -580,6 +593,8 @@ class Framework:
         _require_names(
             self._backend,
             "_pubkey",
+            "_fetch_pubkey",
+            "report_addr",
             "unsecured",
             "sessions",
             "session_metrics",
@@ -597,7 +612,8 @@ class Framework:
             "workload_processing",
             "reset",
         )
-        _require_names(backend_module, "log", "BENCHMARK_INDICATOR_FILE", "AuthData.from_json_msg")
+        _require_names(backend_module, "log", "BENCHMARK_INDICATOR_FILE")
+        _require_names(backend_module, "AuthData.from_json_msg", "RSA.import_key")
         fields = backend_module.Session.__dataclass_fields__
         for name in ("session_id", "lifetime", "expiration", "on_close_route", "on_close_payload"):
             operator.itemgetter(name)(fields)
@@ -612,6 +628,7 @@ class Framework:
 
     def _patch(self, hooks: Hooks) -> None:
         self._backend.backend_errored = hooks.report_broken
+        self._backend._fetch_pubkey = _fetch_nothing  # it gives up for good after 15 s
         self._backend._Backend__run_session_on_close = hooks.session_ended
         self._backend._Backend__close_session = hooks.close
         self._metrics.model_metrics = _exact_counters(self._metrics)
@@ -638,14 +655,23 @@ class Framework:
                 setattr(self._backend, _handler_name(route), handler)
         self._worker.routes = [web.post(PING, partial(hooks.handle_public_request, PING))]
 
+    def now(self) -> float:
+        """Seconds since 1970, by the wall clock as it was at the start, and steady since."""
+        return time.monotonic() + self._offset
+
     def verifies(self, auth_data: dict[str, Any]) -> bool:
         """Whether the router's signature is right, or none is needed."""
         parsed = self._lib.backend.AuthData.from_json_msg(auth_data)
         return bool(self._backend._Backend__check_signature(parsed))
 
-    def has_key(self) -> bool:
-        """Whether signatures can be verified, or need not be."""
-        return self._backend.unsecured or self._backend._pubkey is not None
+    async def fetch_key(self) -> None:
+        """Ask the key server for what signatures are verified with. Raises KEY_ERRORS."""
+        url = self._backend.report_addr.rstrip("/") + "/pubkey/"
+        timeout = aiohttp.ClientTimeout(total=KEY_TIMEOUT)
+        async with aiohttp.ClientSession(timeout=timeout) as http, http.get(url) as answer:
+            answer.raise_for_status()
+            text = await answer.text()
+        self._backend._pubkey = self._lib.backend.RSA.import_key(text)
 
     def has_told_all(self) -> bool:
         """Whether the autoscaler knows all that has happened."""
@@ -654,7 +680,7 @@ class Framework:
     def session(self, session_id: str | None = None) -> Any | None:
         """The open session if it has that id, or whichever is open.
 
-        It is the SDK's, with session_id, lifetime (seconds) and expiration (seconds since 1970).
+        It is the SDK's, with session_id, lifetime (seconds) and expiration (see now()).
         """
         for session in self._backend.sessions.values():
             if session_id is None or session.session_id == session_id:
@@ -664,13 +690,22 @@ class Framework:
     async def handle(
         self, route: str, message: dict[str, Any], request: web.Request
     ) -> web.Response:
-        """The framework's own answer to a request. `message` is its JSON, which was checked."""
+        """The framework's own answer to a request. `message` is its JSON, which was checked.
+
+        The expiration that it tells is by the wall clock as it was when the session was opened:
+        later settings of the clock change neither that, nor what a renewal adds to it.
+        """
 
         async def json() -> dict[str, Any]:
             return message
 
         checked = SimpleNamespace(json=json, headers=request.headers, transport=request.transport)
-        return await self._handlers[route](checked)  # type: ignore[no-any-return]
+        response: web.Response = await self._handlers[route](checked)
+        if route == CREATE and response.status == 201:
+            self._shift = round(time.time() - self.now())
+        if self._shift and response.status in (200, 201) and route in (CREATE, LOOK):
+            return _shifted(response, self._shift)
+        return response
 
     async def end(self, session_id: str) -> bool:
         """Count a session as a success, remove it and call its on_close callback.
@@ -697,8 +732,19 @@ class Framework:
         self._metrics.update_pending = True
 
 
+async def _fetch_nothing() -> None:
+    pass
+
+
 async def _pong(**_payload: object) -> dict[str, object]:
     return {}
+
+
+def _shifted(response: web.Response, seconds: int) -> web.Response:
+    """The same answer with a later expiration."""
+    answer = json.loads(response.text or "")
+    answer["expiration"] += seconds
+    return web.json_response(answer, status=response.status)
 
 
 def _handler_name(route: str) -> str:
@@ -743,6 +789,96 @@ def _exact_counters(metrics: Any) -> Any:
                 setattr(self, name, getattr(self, name) - self.reported[name])
 
     return Counters.empty()
+
+
+# The log
+
+STANDARD_ERROR = 2
+LOG_LINES = 1000  # that may wait to be written
+LOG_FLUSH = 0.5  # seconds for what waits, at the end
+
+
+class OneLineFormatter(logging.Formatter):
+    """A record is one line of ASCII: nothing that a stranger sent can start a line of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return re.sub(r"[^ -~]", _escaped, super().formatMessage(record))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return ascii(match[0])[1:-1]
+
+
+class OneASecond(logging.Filter):
+    """For a logger whose lines strangers cause, as many as they like: one a second is enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0  # when a line may come, by the monotonic clock
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 1
+        return True
+
+
+class BackgroundHandler(logging.Handler):
+    """Writes in a thread of its own. What can't be written is lost, and holds up nobody."""
+
+    def __init__(self, descriptor: int) -> None:
+        """`descriptor` is the open file to write to."""
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str] = queue.Queue(LOG_LINES)
+        self._lost = 0
+        threading.Thread(target=self._write_lines, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._lost += 1
+
+    def _write_lines(self) -> None:
+        while True:
+            line = self._lines.get()
+            if self._lost:
+                line = f"({self._lost} lines of the log are lost here)\n{line}"
+                self._lost = 0
+            rest = line.encode() + b"\n"
+            with contextlib.suppress(OSError):
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+            self._lines.task_done()
+
+    def flush(self) -> None:
+        """Wait until all is written, but not for long. Called by logging.shutdown()."""
+        deadline = time.monotonic() + LOG_FLUSH
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def set_up_log() -> None:
+    """Log to standard error; what strangers cause, one line a second."""
+    handler = BackgroundHandler(STANDARD_ERROR)
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
+    door_log.addFilter(OneASecond())
+    logging.getLogger("asyncio").addFilter(OneASecond())  # no file is left to open, and the like
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # malformed requests
+
+
+def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """In one line: with its traceback, strangers could fill the disk."""
+    logging.getLogger("asyncio").error("%s: %r", context["message"], context.get("exception"))
+
+
+def end_process(status: int) -> NoReturn:
+    """Whatever other threads do."""
+    logging.shutdown()
+    os._exit(status)
 
 
 # The consumer that the worker starts, where NULL_CONSUMER names one
@@ -850,9 +986,11 @@ PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; its drain tak
 HEALTH_INTERVAL = 10.0  # seconds between two looks at a consumer that was well
 HEALTH_TIMEOUT = 10.0  # seconds for a look to be answered
 START_INTERVAL = 1.0  # seconds between two looks at a consumer that is still starting
+KEY_INTERVAL = 3.0  # seconds between two requests to a key server that is away
 CALLBACK_TIMEOUT = 10.0  # seconds for an on_close callback
 RELEASE_WAIT = 15.0  # seconds after which a request to the control server is answered with 504
 DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
+SIGNAL_ECHO = 1.0  # seconds in which one signal may come twice: from a wrapper, and its group
 
 
 class Stage(enum.Enum):
@@ -950,19 +1088,34 @@ class NullWorker:
                     self.report_broken(problem)
 
     async def _become_ready(self, http: aiohttp.ClientSession) -> None:
-        timeout = self.settings.start_timeout
-        deadline = time.monotonic() + timeout
-        await wait_until(lambda: self.framework.has_key() or self.stage is not Stage.STARTING)
+        deadline = time.monotonic() + self.settings.start_timeout
+        if not self.settings.unsecured:
+            await self._wait_for_no(self._key_problem, KEY_INTERVAL, deadline)
+        await self._wait_for_no(partial(self._health_problem, http), START_INTERVAL, deadline)
+        if self.stage is Stage.STARTING:
+            self.stage = Stage.READY
+
+    async def _wait_for_no(
+        self, look: Callable[[], Awaitable[str]], interval: float, deadline: float
+    ) -> None:
+        """Look until there is no problem. One that is there at the deadline is the worker's."""
         while self.stage is Stage.STARTING:
-            problem = await self._health_problem(http)
-            if self.stage is not Stage.STARTING:
-                return
+            problem = await look()
             if not problem:
-                self.stage = Stage.READY
-            elif time.monotonic() > deadline:
+                return
+            if time.monotonic() > deadline:
+                timeout = self.settings.start_timeout
                 self.report_broken(f"not well within {timeout:g} s: {problem}")
-            else:
-                await asyncio.sleep(START_INTERVAL)
+                return
+            await asyncio.sleep(interval)
+
+    async def _key_problem(self) -> str:
+        """Why signatures can't be verified yet; empty when they can."""
+        try:
+            await self.framework.fetch_key()
+        except KEY_ERRORS as error:
+            return f"no public key: {type(error).__name__}: {error}"
+        return ""
 
     async def _health_problem(self, http: aiohttp.ClientSession) -> str:
         """What is wrong with the consumer; empty when it is well, or has no health to ask for."""
@@ -1116,15 +1269,16 @@ class NullWorker:
         session = self.framework.session()
         if session is None:
             return Answer(200, {"session_id": None})
-        return Answer(200, _lease(session))
+        return Answer(200, self._lease(session))
 
     async def renew(self, session_id: str | None) -> Answer:
         """Let the session live for at least a lifetime from now."""
         session = self.framework.session(session_id)
         if session is None:
             return _not_active("renewed", session_id)
-        session.expiration = max(session.expiration, time.time() + session.lifetime)
-        return Answer(200, {"renewed": True, **_lease(session)})
+        at_least = self.framework.now() + session.lifetime
+        session.expiration = max(session.expiration, at_least)
+        return Answer(200, {"renewed": True, **self._lease(session)})
 
     async def release(self, session_id: str | None) -> Answer:
         """End the session."""
@@ -1142,6 +1296,10 @@ class NullWorker:
             return _not_active("released", session_id)
         return Answer(200, answer)
 
+    def _lease(self, session: Any) -> dict[str, Any]:
+        time_to_live = session.expiration - self.framework.now()
+        return {"session_id": session.session_id, "time_to_live": time_to_live}
+
     async def take_broken(self, reason: str) -> Answer:
         """Take no session from now on, and report why as soon as none is open."""
         self._set_broken(reason)
@@ -1152,19 +1310,21 @@ class NullWorker:
     # Draining
 
     def obey_signals(self, signals: socket.socket) -> None:
-        """Drain after the first signal; end at once after a second.
+        """Drain after the first signal; end at once after another one.
 
         In a thread of its own: whatever hangs, the event loop included, the process ends in time.
         """
         signals.recv(1)
+        first_at = time.monotonic()
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop)
-        signals.settimeout(DRAIN)
-        try:
-            os._exit(128 + signals.recv(1)[0])
-        except TimeoutError:
-            threading.Timer(0.5, os._exit, (0,)).start()  # in case that the log hangs too
-            log.error("the drain took over %g s, not done: %s", DRAIN, self.undone)
-            os._exit(0)
+        while time.monotonic() < first_at + DRAIN:
+            signals.settimeout(max(first_at + DRAIN - time.monotonic(), 0.01))
+            with contextlib.suppress(TimeoutError):
+                (number,) = signals.recv(1)
+                if time.monotonic() > first_at + SIGNAL_ECHO:
+                    end_process(128 + number)
+        log.error("the drain took over %g s, not done: %s", DRAIN, self.undone)
+        end_process(0)
 
     async def _drain(self) -> None:
         """Take no new session, end the open one, and see that the autoscaler knows."""
@@ -1179,18 +1339,11 @@ class NullWorker:
         self._next_step("the last report to the autoscaler")
         await wait_until(self.framework.has_told_all)
         await asyncio.sleep(0.2)  # until those who wait are answered
-        os._exit(0)
+        end_process(0)
 
     def _next_step(self, step: str) -> None:
         self.undone = step
         log.info("draining: %s", step)
-
-
-def _lease(session: Any) -> dict[str, Any]:
-    return {
-        "session_id": session.session_id,
-        "time_to_live": session.expiration - time.time(),
-    }
 
 
 def _not_active(what: str, session_id: str | None) -> Answer:
@@ -1200,48 +1353,7 @@ def _not_active(what: str, session_id: str | None) -> Answer:
     return Answer(200, {what: False, "reason": reason})
 
 
-# The log
-
-
-class OneLineFormatter(logging.Formatter):
-    """A record is one line of ASCII: nothing that a stranger sent can start a line of its own."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return re.sub(r"[^ -~]", _escaped, super().formatMessage(record))
-
-
-def _escaped(match: re.Match[str]) -> str:
-    return ascii(match[0])[1:-1]
-
-
-class OneASecond(logging.Filter):
-    """For a logger whose lines strangers cause, as many as they like: one a second is enough."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._next = 0.0  # when a line may come, by the monotonic clock
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        now = time.monotonic()
-        if now < self._next:
-            return False
-        self._next = now + 1
-        return True
-
-
-def set_up_log() -> None:
-    """Log to standard error; what strangers cause, one line a second."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler])
-    door_log.addFilter(OneASecond())
-    logging.getLogger("asyncio").addFilter(OneASecond())  # no file is left to open, and the like
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # malformed requests
-
-
-def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """In one line: with its traceback, strangers could fill the disk."""
-    logging.getLogger("asyncio").error("%s: %r", context["message"], context.get("exception"))
+# The process
 
 
 def raise_open_files() -> None:
@@ -1251,19 +1363,38 @@ def raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def open_closed_streams() -> None:
+    """Open the standard streams that were closed by whoever has started this process.
+
+    The next file that is opened would be taken for one of them; and the SDK reads sys.stdout.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this
+            os.set_inheritable(descriptor, True)  # to null_consumer.py
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def catch_signals() -> socket.socket:
     """A socket that gets a byte, the signal's number, for each signal that asks to end."""
     signals, wake = socket.socketpair()
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno())  # written by the C handler, however busy Python is
     wake.detach()  # it stays open for as long as the process lives
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        is_ignored = signal.getsignal(number) is signal.SIG_IGN
+        if number == signal.SIGHUP and is_ignored:  # nohup: it shall outlive its terminal
+            continue
         signal.signal(number, lambda *_: None)
     return signals
 
 
 def main() -> int:
     """Run the worker, and return the exit status."""
+    open_closed_streams()
     signals = catch_signals()
     set_up_log()
     raise_open_files()

@@ -21,7 +21,7 @@ from tests.worker import create, drained, driver, fresh, ready, release, until
 pytestmark = pytest.mark.anyio
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("hang", [False, True])
 async def test_a_signal_ends_the_open_session_well(vast, number, hang):
     callbacks = Callbacks(hang)
@@ -52,6 +52,31 @@ async def test_the_autoscaler_hears_of_the_end_even_when_a_report_is_under_way(v
     assert [report["cur_load"] for report in vast.reports if report["id"] == worker.number][-1] == 0
 
 
+@pytest.mark.parametrize("later", [0.005, 0.5])
+async def test_a_signal_that_comes_twice_within_a_second_is_one(vast, later):
+    callbacks = Callbacks(hang=True)
+    async with server(callbacks.route) as origin:
+        worker = await fresh(vast)
+        await create(vast, worker, on_close_route=f"{origin}/closed")
+        worker.process.terminate()
+        await asyncio.sleep(later)
+        draining = asyncio.ensure_future(drained(worker))
+        await eventually(lambda: callbacks.bodies)
+        await asyncio.sleep(0.5)
+        callbacks.let_go.set()
+        assert (await draining)[0] == 0
+    assert statuses(vast) == ["Success"]
+    assert worker.report["cur_load"] == 0 and callbacks.answered == [True]
+
+
+async def test_a_worker_under_nohup_outlives_its_terminal(vast, tmp_path):
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    worker = await fresh(vast, script=driver(tmp_path, ignored))
+    worker.process.send_signal(signal.SIGHUP)
+    await create(vast, worker)
+    assert (await drained(worker))[0] == 0
+
+
 async def test_an_idle_worker_goes_at_once(vast):
     worker = await fresh(vast)
     status, seconds = await drained(worker)
@@ -76,6 +101,7 @@ async def test_a_second_signal_ends_it_at_once(vast):
         await create(vast, worker, on_close_route=f"{origin}/closed")
         worker.process.terminate()
         await eventually(lambda: callbacks.bodies)
+        await asyncio.sleep(1.2)  # within a second it would be the same one
         status, seconds = await drained(worker)
         assert status == 128 + signal.SIGTERM and seconds < 5
         callbacks.let_go.set()

@@ -5,19 +5,17 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-import aiohttp
 import pytest
 from aiohttp import web
 
 import null_worker
-from null_local import hold_port
+from tests.alone import worker_alone
 from tests.autoscaler import statuses
 from tests.environment import BARE, HERE, ON_VAST, run
-from tests.http import post, server
+from tests.http import server
 from tests.waiting import eventually
 from tests.worker import create, drained, driver, fresh, killed, release, until
 
@@ -118,28 +116,6 @@ async def test_one_that_cannot_run_is_started_ever_more_seldom_and_holds_up_noth
     assert status == 0 and seconds < 5
 
 
-@contextlib.asynccontextmanager
-async def worker_alone(folder, **environment):
-    """A worker without LocalVast, which would change NULL_CONSUMER; its URL and control port."""
-    held = [hold_port() for _ in range(3)]
-    port, http_port, control_port = (each.getsockname()[1] for each in held)
-    ports = {"WORKER_PORT": str(port), f"VAST_TCP_PORT_{port}": "1"}
-    ports |= {"WORKER_HTTP_PORT": str(http_port), "NULL_CONTROL_PORT": str(control_port)}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, HERE / "null_worker.py"),
-        env=BARE | ON_VAST | ports | {"UNSECURED": "true"} | environment,
-        cwd=folder,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield f"http://127.0.0.1:{port}", control_port
-    finally:
-        process.terminate()
-        assert await asyncio.wait_for(process.wait(), 20) == 0
-        for each in held:
-            each.close()
-
-
 async def test_its_command_is_not_in_the_virtual_environment_of_the_worker(tmp_path):
     ours = os.path.join(sys.prefix, "bin")
     line = 'echo "$VIRTUAL_ENV|$PATH|$MASTER_TOKEN|$NULL_CONTROL_PORT|$PWD" > told; sleep 60'
@@ -149,21 +125,12 @@ async def test_its_command_is_not_in_the_virtual_environment_of_the_worker(tmp_p
         "MASTER_TOKEN": "secret",
         "NULL_CONSUMER": line,
     }
-    auth = dict.fromkeys(("endpoint", "signature", "url"), "") | dict.fromkeys(
-        ("cost", "reqnum", "request_idx"), 1
-    )
-    async with worker_alone(tmp_path, **environment) as (url, control_port):
-
-        async def reserved():
-            with contextlib.suppress(aiohttp.ClientError):
-                body = {"auth_data": auth, "payload": {}}
-                return (await post(f"{url}/session/create", json=body))[0] == 201
-
-        await eventually(reserved)
+    async with worker_alone(tmp_path, **environment) as worker:
+        await eventually(worker.reserve)
         told = tmp_path / "told"
         await eventually(lambda: told.exists() and told.read_text())
     virtual_env, path, token, port, folder = told.read_text().strip().split("|")
-    assert (virtual_env, token, port) == ("", "", str(control_port))
+    assert (virtual_env, token, port) == ("", "", str(worker.control_port))
     assert path.split(os.pathsep)[-2:] == ["/usr/bin", "/bin"] and ours not in path
     assert os.path.samefile(folder, tmp_path)
 
