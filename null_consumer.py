@@ -64,6 +64,7 @@ LONG_RUN = 60.0  # seconds after which a resident COMMAND that ends was well bef
 HEARTBEAT_EVERY = 5.0  # seconds
 HANGING = 75  # exit status of a process whose job hangs: EX_TEMPFAIL, "try again"
 LONGEST_ANSWER = 1 << 16  # bytes
+MOST_NAMED = 10  # processes in a line
 LONGEST_LINE = 4096  # bytes: a pipe takes so many at once or none of them (PIPE_BUF)
 PR_SET_CHILD_SUBREAPER = 36  # from <sys/prctl.h>
 ENDING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
@@ -143,15 +144,23 @@ def _write_at_once(descriptor: int, line: bytes) -> None:
     if stat.S_ISSOCK(kind):
         with socket.socket(fileno=os.dup(descriptor)) as connection:
             connection.send(line, socket.MSG_DONTWAIT)
-    elif sys.platform == "linux" and (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)):
-        # O_NONBLOCK on the descriptor itself would be COMMAND's as well. Opened anew it isn't.
-        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-        again = os.open(f"/proc/self/fd/{descriptor}", flags)
-        try:
-            os.write(again, line)
-        finally:
-            os.close(again)
-    else:
+        return
+    if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+        # O_NONBLOCK on the descriptor itself would be COMMAND's as well: it is opened once more.
+        with contextlib.suppress(OSError):  # somebody else's pipe, as in a container without root
+            again = os.open(
+                f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+            )
+            try:
+                os.write(again, line)
+                return
+            except BlockingIOError:
+                return
+            finally:
+                os.close(again)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    if poll.poll(0):
         os.write(descriptor, line)
 
 
@@ -257,79 +266,6 @@ def target_for(path: str, session_id: str | None) -> str:
     if session_id is None:
         return path
     return f"{path}?session_id={quote(session_id, safe='')}"
-
-
-class Renewal:
-    """Keeps a reservation by renewing it each second, and knows when it is gone. A Part.
-
-    Without an id it keeps whichever is open, and is never gone.
-    """
-
-    def __init__(
-        self, port: int, session_id: str | None = None, time_to_live: float = math.inf
-    ) -> None:
-        self.session_id = session_id
-        self.kept: str | None = session_id  # the one that the worker last said was open
-        self.gone = ""  # why, once it is
-        self._port = port
-        self._named = session_id is not None
-        self._next_at = time.monotonic()
-        # One that has almost run out, or has and wasn't swept yet, may still be renewed.
-        self._expires_at = self._next_at + max(time_to_live, 2 * RENEW_EVERY)
-        self._exchange: Exchange | None = None
-
-    @property
-    def due(self) -> float:
-        if self.gone:
-            return math.inf
-        if self._exchange:
-            return min(self._exchange.due, self._expires_at)
-        return min(self._next_at, self._expires_at)
-
-    def descriptors(self) -> Mapping[int, int]:
-        return self._exchange.descriptors() if self._exchange else {}
-
-    def step(self) -> None:
-        if self.gone:
-            return
-        now = time.monotonic()
-        if self._exchange is None and now >= self._next_at:
-            self._exchange = Exchange(self._port, "POST", target_for("/renew", self.session_id))
-            self._next_at = now + RENEW_EVERY
-        if self._exchange:
-            self._exchange.step()
-            if self._exchange.done:
-                self._take(self._exchange)
-                self._exchange = None
-        if now >= self._expires_at and not self.gone:
-            self._end("the worker was unreachable until it had expired")
-
-    def _take(self, exchange: Exchange) -> None:
-        renewed = exchange.answer.get("renewed")
-        if renewed:
-            time_to_live = float(exchange.answer.get("time_to_live", 0))
-            self.kept = exchange.answer.get("session_id")
-            self._next_at = exchange.sent_at + min(RENEW_EVERY, max(0.1, time_to_live / 3))
-            if self._named:
-                self._expires_at = exchange.sent_at + time_to_live
-        elif renewed is False:
-            self.kept = None
-            if self._named:
-                self._end("the worker says that it has ended")
-
-    def _end(self, why: str) -> None:
-        self.gone = why
-        self.close()
-
-    def forget(self) -> None:
-        """The one that it keeps is served, or released."""
-        self.kept = None
-        self.close()
-
-    def close(self) -> None:
-        if self._exchange:
-            self._exchange.close()
-            self._exchange = None
 
 
 # The guard: what a run of COMMAND is
@@ -590,11 +526,13 @@ def _let_go_of(descriptors: Collection[int]) -> None:
 def _names(pids: Collection[int]) -> str:
     """For a person: `12 (python3), 34 (tee)`."""
     names = []
-    for pid in pids:
+    for pid in list(pids)[:MOST_NAMED]:
         name = ""
         with contextlib.suppress(OSError):
             name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
         names.append(f"{pid} ({name})")
+    if len(pids) > MOST_NAMED:
+        names.append(f"{len(pids) - MOST_NAMED} more")
     return ", ".join(names)
 
 
@@ -713,8 +651,9 @@ class Run:
         self.guards.discard(self._guard)
         os.close(self._orders)
         os.close(self._reports)
-        with contextlib.suppress(ChildProcessError):  # reaped with the orphans, or never forked
-            os.waitpid(self._guard, 0)
+        if self._guard > 0:
+            with contextlib.suppress(ChildProcessError):  # reaped with the orphans
+                os.waitpid(self._guard, 0)
 
 
 def describe_failure(status: int) -> str:
@@ -727,6 +666,82 @@ def describe_failure(status: int) -> str:
         return f"ended by {signal.Signals(-status).name}"
     except ValueError:  # a real-time signal
         return f"ended by signal {-status}"
+
+
+# The lease
+
+
+class Renewal:
+    """Keeps a reservation by renewing it each second, and knows when it is gone. A Part.
+
+    Without an id it keeps whichever is open, and is never gone.
+    """
+
+    def __init__(
+        self, port: int, session_id: str | None = None, time_to_live: float = math.inf
+    ) -> None:
+        self.session_id = session_id
+        self.kept: str | None = session_id  # the one that the worker last said was open
+        self.gone = ""  # why, once it is
+        self._port = port
+        self._named = session_id is not None
+        self._next_at = time.monotonic()
+        # One that has almost run out, or has and wasn't swept yet, may still be renewed.
+        self._expires_at = self._next_at + max(time_to_live, 2 * RENEW_EVERY)
+        self._exchange: Exchange | None = None
+
+    @property
+    def due(self) -> float:
+        if self.gone:
+            return math.inf
+        if self._exchange:
+            return min(self._exchange.due, self._expires_at)
+        return min(self._next_at, self._expires_at)
+
+    def descriptors(self) -> Mapping[int, int]:
+        return self._exchange.descriptors() if self._exchange else {}
+
+    def step(self) -> None:
+        if self.gone:
+            return
+        now = time.monotonic()
+        if self._exchange is None and now >= self._next_at:
+            self._exchange = Exchange(self._port, "POST", target_for("/renew", self.session_id))
+            self._next_at = now + RENEW_EVERY
+        if self._exchange:
+            self._exchange.step()
+            if self._exchange.done:
+                self._take(self._exchange)
+                self._exchange = None
+        if now >= self._expires_at and not self.gone:
+            self._end("the worker was unreachable until it had expired")
+
+    def _take(self, exchange: Exchange) -> None:
+        renewed = exchange.answer.get("renewed")
+        if renewed:
+            time_to_live = float(exchange.answer.get("time_to_live", 0))
+            self.kept = exchange.answer.get("session_id")
+            self._next_at = exchange.sent_at + min(RENEW_EVERY, max(0.1, time_to_live / 3))
+            if self._named:
+                self._expires_at = exchange.sent_at + time_to_live
+        elif renewed is False:
+            self.kept = None
+            if self._named:
+                self._end("the worker says that it has ended")
+
+    def _end(self, why: str) -> None:
+        self.gone = why
+        self.close()
+
+    def forget(self) -> None:
+        """The one that it keeps is served, or released."""
+        self.kept = None
+        self.close()
+
+    def close(self) -> None:
+        if self._exchange:
+            self._exchange.close()
+            self._exchange = None
 
 
 # What follows from a run
@@ -748,7 +763,7 @@ class Failures(NamedTuple):
             return 0.0
         return min(LONGEST_PAUSE, 2.0 ** min(self.times - 1, 10))
 
-    def are_the_workers(self, now: float, broken_after: float) -> bool:
+    def mean_broken(self, now: float, broken_after: float) -> bool:
         """Whether it's time to say that this instance can't do its work."""
         if broken_after == 0 or self.times < BROKEN_RUNS:
             return False
@@ -800,7 +815,7 @@ class Look:
     def __init__(self, line: str, environment: Mapping[str, str], lock: int) -> None:
         self.waiting: int | None = None  # None: no valid answer, and then:
         self.problem = ""
-        self.due = time.monotonic() + EMPTY_WAIT
+        self._give_up_at = time.monotonic() + EMPTY_WAIT
         self._answered = False
         # Read when it has ended: what doesn't fit into a pipe is no number.
         self._output, output = os.pipe()
@@ -815,6 +830,10 @@ class Look:
     def done(self) -> bool:
         return self._run.done
 
+    @property
+    def due(self) -> float:
+        return min(self._give_up_at, self._run.due)
+
     def descriptors(self) -> Mapping[int, int]:
         return self._run.descriptors()
 
@@ -822,7 +841,7 @@ class Look:
         self._run.step()
         if self._run.ended and not self._answered:
             self._take_answer()
-        if time.monotonic() >= self.due and not self._answered:
+        if time.monotonic() >= self._give_up_at:
             self.problem = f"takes over {EMPTY_WAIT:g} s"
             self.end()
         if self.done and self._output >= 0:
@@ -833,7 +852,7 @@ class Look:
     def end(self) -> None:
         """End it, and all that it has started, without waiting for an answer."""
         self._answered = True
-        self.due = math.inf
+        self._give_up_at = math.inf
         self._run.obey(Order.KILL)
 
     def _take_answer(self) -> None:
@@ -1015,6 +1034,10 @@ class Consumer:
     def _turn(self, *parts: Part, until: float = math.inf) -> None:
         turn((self._stop, *parts), until)
 
+    def _wait(self, *parts: Part, until: float) -> None:
+        while time.monotonic() < until and not self._stop.now:
+            self._turn(*parts, until=until)
+
     def _wait_for_predecessor(self, lock: socket.socket) -> None:
         """Until it has ended, and its guard, which may outlive it to end its COMMAND."""
         told = False
@@ -1032,9 +1055,7 @@ class Consumer:
 
     def _pause(self) -> None:
         """After a failure. A reservation that comes meanwhile is kept, to be served then."""
-        until = time.monotonic() + self._failures.pause
-        while time.monotonic() < until and not self._stop.now:
-            self._turn(self._next, until=until)
+        self._wait(self._next, until=time.monotonic() + self._failures.pause)
         if self._stop.now and self._next.kept:
             self._release(self._next.kept)
         self._next.forget()
@@ -1066,11 +1087,11 @@ class Consumer:
             if session_id and not self._stop.now:
                 time_to_live = float(asked.answer.get("time_to_live", 0))
                 return Renewal(self._port, session_id, time_to_live)
-            if asked.problem:
-                if not told:
-                    say(f"waiting for the worker at 127.0.0.1:{self._port}: {asked.problem}")
-                    told = True
-                self._turn(until=time.monotonic() + RETRY_EVERY)
+            if asked.problem and not told:
+                say(f"waiting for the worker at 127.0.0.1:{self._port}: {asked.problem}")
+                told = True
+            # One that isn't there, or drains, answers at once.
+            self._wait(until=asked.sent_at + RETRY_EVERY)
         return None
 
     def _serve(self, lease: Renewal) -> None:
@@ -1093,7 +1114,7 @@ class Consumer:
             if verdict is Verdict.FAILED:
                 self._failed(run.started_at, f"{IDLE_RUNS} runs, and no fewer jobs wait")
             elif verdict is Verdict.AGAIN:
-                self._hold(lease, run.started_at + RERUN_EVERY)
+                self._wait(lease, until=run.started_at + RERUN_EVERY)
 
     def _watch(self, run: Run, lease: Renewal, waiting: Waiting | None) -> None:
         """Until nothing of it is left."""
@@ -1127,10 +1148,6 @@ class Consumer:
             self._turn(waiting, self._next if lease.gone else lease)
         return waiting.latest
 
-    def _hold(self, lease: Renewal, until: float) -> None:
-        while time.monotonic() < until and not self._stop.now and not lease.gone:
-            self._turn(lease, until=until)
-
     # COMMAND takes the reservations itself
 
     def _run_resident(self) -> None:
@@ -1160,7 +1177,7 @@ class Consumer:
         self._failures = self._failures.one_more(started_at)
         say(f"COMMAND failed: {why}; a pause of {self._failures.pause:g} s")
         now = time.monotonic()
-        if self._failures.are_the_workers(now, self._settings.broken_after):
+        if self._failures.mean_broken(now, self._settings.broken_after):
             times = f"{self._failures.times} times in {now - self._failures.since:.0f} s"
             self._report_broken(f"the consumer failed {times}: {why}")
 
@@ -1172,8 +1189,10 @@ class Consumer:
     def _release(self, session_id: str | None) -> None:
         """None: whichever is open."""
         answer = self._post(target_for("/release", session_id), RELEASE_WAIT)
-        if answer.get("released"):
-            say(f"released session={' '.join(answer['session_ids'])}")
+        for released in answer.get("session_ids", []):
+            say(f"released session={released}")
+            if released == self._next.kept:
+                self._next.forget()
 
     def _post(self, target: str, timeout: float) -> dict[str, Any]:
         """Tell the worker, and again for 5 s if need be. Its answer; empty if there is none."""
@@ -1313,8 +1332,8 @@ def reservations(limit: float | None = None) -> Iterator[Lease]:
                 renewal = Renewal(port, session_id, float(asked.answer.get("time_to_live", 0)))
                 with Lease(port, renewal, limit, is_ending) as lease:
                     yield lease
-            elif asked.problem:
-                time.sleep(RETRY_EVERY)
+            else:  # one that isn't there, or drains, answers at once
+                time.sleep(max(0.0, asked.sent_at + RETRY_EVERY - time.monotonic()))
     finally:
         signal.signal(signal.SIGTERM, before)
 

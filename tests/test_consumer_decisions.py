@@ -104,7 +104,7 @@ def test_failures_count_from_the_first_ones_start():
     ],
 )
 def test_when_the_worker_is_called_broken(failures, now, broken_after, is_broken):
-    assert failures.are_the_workers(now, broken_after) == is_broken
+    assert failures.mean_broken(now, broken_after) == is_broken
 
 
 @pytest.mark.parametrize(
