@@ -7,6 +7,8 @@ import pytest
 
 from null_client import keep_alive_due, reserve
 from null_worker import CREATE, LOOK, PING
+from tests.autoscaler import silence, statuses
+from tests.reservation import endpoint_of, expiration
 from tests.stub import GONE, first, stubbed
 from tests.waiting import eventually
 
@@ -71,3 +73,27 @@ async def test_a_keep_alive_that_arrives_late_is_not_repeated(caplog):
             assert session.expiration - time.time() < 1.5 * lifetime
             assert len(stub.times(PING)) == 1
         assert stub.left() == []
+
+
+async def test_a_reservation_is_kept_alive_and_never_beyond_one_and_a_half_lifetimes(vast):
+    lifetime, left = 4.0, []
+    await silence(vast)
+
+    async def agree():
+        """The client's clock with the worker's.
+
+        A keep-alive that is under way just then counts on one side only.
+        """
+        left.append(await expiration(reservation) - time.time())
+        return abs(left[-1] - reservation.time_to_live) < 1
+
+    async with endpoint_of(vast) as endpoint, reserve(endpoint, lifetime=lifetime) as reservation:
+        start = time.monotonic()
+        while time.monotonic() - start < 3 * lifetime:
+            await eventually(agree, timeout=3)
+            assert not await reservation.ended(timeout=0.2)
+    # It began when the create was sent, a moment earlier.
+    assert min(left) > 0 and max(left) < 1.5 * lifetime + 0.5
+    await eventually(lambda: statuses(vast) == ["Success"])
+    assert sum(report["new_load"] for report in vast.reports) <= 100
+    assert {report["cur_load"] for report in vast.reports} <= {0, 100}
