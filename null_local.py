@@ -579,11 +579,9 @@ class Instances:
         except (OSError, ValueError) as error:  # ValueError: a NUL in its environment
             self._forget(worker, f"can't be started: {error}")
             return
-        where = [f"worker {worker.number} on {worker.url}"]
+        self._endpoint.tell(f"worker {worker.number} on {worker.url}, control {worker.control_url}")
         if worker.consumer is not None:
-            where.append(f"consumer's output {worker.output}")
-        where.append(f"control {worker.control_url}")
-        self._endpoint.tell(", ".join(where))
+            self._endpoint.tell(f"worker {worker.number}: its consumer writes to {worker.output}")
 
     async def _run(
         self, worker: LocalWorker, environment: dict[str, str], script: str

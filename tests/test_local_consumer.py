@@ -105,7 +105,7 @@ async def test_a_consumer_runs_in_the_callers_place_while_its_worker_is_reserved
             assert await reservation.ended(timeout=30)  # it has done its work
         (worker,) = vast.workers.values()
         assert worker.output.read_text() == f"{tmp_path} {tmp_path} {os.environ['PATH']}\n"
-        assert f"consumer's output {worker.output}" in events[0]
+        assert events[1] == f"worker 1: its consumer writes to {worker.output}"
         said = [event for event in events if event.startswith("worker 1: null_consumer: ")]
         assert said and not [event for event in events if " wrote: " in event]
 
