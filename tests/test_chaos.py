@@ -10,7 +10,7 @@ from tests.autoscaler import ended, statuses
 from tests.http import Refused, post
 from tests.malformed import malformed
 from tests.waiting import eventually
-from tests.worker import create, release, thread_count, until
+from tests.worker import create, lines_since, release, thread_count, until
 
 pytestmark = pytest.mark.anyio
 
@@ -108,4 +108,4 @@ async def test_chaos_keeps_the_invariants(vast):
         await until(worker, lambda worker=worker: worker.report["cur_load"] == 0)
         await create(vast, worker)
         await eventually(lambda worker=worker, threads=threads: thread_count(worker) <= threads + 1)
-        assert b"Traceback" not in worker.log.read_bytes()[storm.logged :]
+        assert "Traceback" not in lines_since(worker, storm.logged)

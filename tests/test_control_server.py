@@ -8,8 +8,8 @@ import aiohttp
 import pytest
 
 from null_worker import CONTROL_ROUTES, Answer, control_request
-from tests.http import post, request
-from tests.worker import create, driver, fresh, killed, lease
+from tests.http import on_the_wire, post, request
+from tests.worker import create, driver, fresh, killed, lease, lines_since
 
 pytestmark = pytest.mark.anyio
 
@@ -77,39 +77,26 @@ async def test_only_a_loopback_host_is_answered(vast, worker, host, expected):
     assert answer.get("session_ids") == ([session_id] if expected == 200 else None)
 
 
-async def raw(worker, *parts):
-    """What the control server sends back for bytes on the wire, until it closes the connection."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
-    try:
-        for part in parts:
-            writer.write(part)
-            await writer.drain()
-        writer.write_eof()
-        return await asyncio.wait_for(reader.read(), 30)
-    finally:
-        writer.close()
-
-
 async def test_garbage_on_the_control_port_is_answered_or_dropped_and_never_logged_as_a_crash(
     worker,
 ):
+    port = worker.control_port
     logged = worker.log.stat().st_size
-    assert b" 400 " in await raw(worker, b"garbage\r\n\r\n")
-    assert b" 400 " in await raw(worker, b"GET / HTTP/x.y\r\n\r\n")
-    assert b" 414 " in await raw(worker, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n")
-    assert b" 431 " in await raw(worker, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n")
-    assert b" 403 " in await raw(
-        worker, b"POST /release HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n"
-    )
-    assert b" 404 " in await raw(worker, b"POST http://127.0.0.1/release HTTP/1.1\r\n\r\n")
-    assert b" 200 " in await raw(worker, b"POST /release HTTP/1.0\r\n\r\n")
+    assert b" 400 " in await on_the_wire(port, b"garbage\r\n\r\n")
+    assert b" 400 " in await on_the_wire(port, b"GET / HTTP/x.y\r\n\r\n")
+    assert b" 414 " in await on_the_wire(port, b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n")
+    assert b" 431 " in await on_the_wire(port, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n")
+    two_hosts = b"POST /release HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n"
+    assert b" 403 " in await on_the_wire(port, two_hosts)
+    assert b" 404 " in await on_the_wire(port, b"POST http://127.0.0.1/release HTTP/1.1\r\n\r\n")
+    assert b" 200 " in await on_the_wire(port, b"POST /release HTTP/1.0\r\n\r\n")
     for rubbish in (b"", b"\x00\xff" * 5000, b"\x16\x03\x01\x02\x00", b"GET"):
-        await raw(worker, rubbish)
+        await on_the_wire(port, rubbish)
     _, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
     writer.write(b"POST /release HTTP/1.1\r\nContent-Length: 100\r\n\r\nhalf")
     writer.transport.abort()
     assert (await request("GET", f"{worker.control_url}/health"))[0] == 200
-    assert b"Traceback" not in worker.log.read_bytes()[logged:]
+    assert "Traceback" not in lines_since(worker, logged)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

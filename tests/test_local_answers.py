@@ -16,7 +16,7 @@ from tests.http import on_the_wire, post, request
 from tests.malformed import WIRE
 from tests.reservation import endpoint_of
 from tests.waiting import eventually
-from tests.worker import WORKERS, create, ready, release, until
+from tests.worker import WORKERS, create, lines_since, ready, release, until
 
 pytestmark = pytest.mark.anyio
 
@@ -128,5 +128,5 @@ async def test_over_https_a_reservation_is_held_kept_handed_over_and_released():
         logged = worker.log.stat().st_size
         for sent in WIRE:
             await on_the_wire(worker.port, sent)
-        assert b"Traceback" not in worker.log.read_bytes()[logged:]
+        assert "Traceback" not in lines_since(worker, logged)
     assert statuses(vast) == ["Success"] * 2
