@@ -145,7 +145,7 @@ class Example:
 
     def until(self, condition, timeout=60.0):
         """Wait for the condition to hold, and return what it gave."""
-        return _wait_for(condition, timeout, lambda: True, lambda: self.name)
+        return _wait_for(condition, timeout, lambda: True, lambda: self.name, pause=0.3)
 
     @contextlib.contextmanager
     def command(self, folder, *options, **variables):
@@ -223,7 +223,7 @@ class Run:
             self.workers()
             return self.process.poll() is not None
 
-        _wait_for(ended, timeout, lambda: True, self.said, pause=0.2)
+        _wait_for(ended, timeout, lambda: True, self.said, pause=0.5)
         return self.process.returncode
 
     def said(self):
@@ -232,9 +232,17 @@ class Run:
 
 
 def kill(*processes):
+    """SIGKILL them, and wait until they are gone or zombies."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    _wait_for(lambda: not any(map(_lives, processes)), 30, lambda: True, lambda: "SIGKILL")
+
+
+def _lives(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _runs(process, program):
