@@ -533,6 +533,7 @@ class Framework:
         # What was checked is what the framework reads: to it, an empty one is an error.
         os.environ["UNSECURED"] = str(settings.unsecured)
         os.environ["WORKER_HTTP_PORT"] = str(settings.ports[1])
+        self._shift = 0  # seconds, see handle()
         version = "of an unknown version"
         try:
             version = importlib.metadata.version("vastai")
@@ -581,7 +582,6 @@ class Framework:
     def _steady_clock(self) -> None:
         """Let the framework's reports and leases go by a clock that nobody can set."""
         self._offset = time.time() - time.monotonic()
-        self._shift = 0  # see handle()
         steady = SimpleNamespace(**{**vars(time), "time": self.now})
         for module in (self._lib.backend, self._lib.metrics, self._lib.data_types):
             _require_names(module, "time.time")
@@ -636,9 +636,8 @@ class Framework:
         self._patch_web(hooks)
 
     def _patch_log(self) -> None:
-        logging.getLogger().setLevel(
-            logging.INFO
-        )  # Worker() sets DEBUG, and logs what callers send
+        # Worker() sets DEBUG, at which the framework logs what callers send.
+        logging.getLogger().setLevel(logging.INFO)
         # It logs the whole of what it refuses; its errors are reported to the autoscaler anyway.
         self._lib.backend.log.disabled = True
 
@@ -899,7 +898,7 @@ def environment_of_consumer(env: Mapping[str, str], control_port: int) -> dict[s
         return changed
     ours = os.path.realpath(sys.prefix)
     if os.path.realpath(env.get("VIRTUAL_ENV", "")) == ours:
-        changed.pop("VIRTUAL_ENV")
+        changed.pop("VIRTUAL_ENV", None)
         changed.pop("VIRTUAL_ENV_PROMPT", None)
     if "PATH" in env:
         folders = env["PATH"].split(os.pathsep)

@@ -29,7 +29,8 @@ PRIVATE = [  # what the worker uses of the SDK: module, class or "", name
         ("vastai", "", name)
         for name in ("BenchmarkConfig", "HandlerConfig", "Worker", "WorkerConfig")
     ),
-    *((BACKEND, "", name) for name in ("AuthData", "log", "BENCHMARK_INDICATOR_FILE")),
+    *((BACKEND, "", name) for name in ("AuthData", "RSA", "log", "BENCHMARK_INDICATOR_FILE")),
+    *((module, "", "time") for module in (BACKEND, METRICS, TYPES)),
     *(
         ("vastai.serverless.server.worker", "Worker", name)
         for name in ("backend", "routes", "run_async")
@@ -50,7 +51,7 @@ PRIVATE = [  # what the worker uses of the SDK: module, class or "", name
         (BACKEND, "Backend", name)
         for name in ("mtoken", "unsecured", "_pubkey", "sessions", "session_metrics")
     ),
-    *((BACKEND, "Backend", name) for name in ("model_server_url",)),
+    *((BACKEND, "Backend", name) for name in ("model_server_url", "report_addr", "_fetch_pubkey")),
     *((METRICS, "Metrics", name) for name in ("_request_success", "_request_end")),
     *((METRICS, "Metrics", name) for name in ("update_pending", "model_metrics")),
     *(
