@@ -329,7 +329,7 @@ class BacklogDisplay(Screen):
         rows = [
             ("jobs", jobs_text(progress.jobs)),
             ("wanted", str(progress.wanted)),
-            ("reserved", reserved_text(progress)),
+            ("reserved", f"{progress.own + progress.others}{by_others(progress)}"),
             ("asked for", asked),
             ("workers", self._workers),
         ]
@@ -428,17 +428,15 @@ def jobs_text(jobs: Jobs | None) -> str:
     return f"{jobs.waiting} waiting, {jobs.in_hand} in hand"
 
 
-def reserved_text(progress: Progress) -> str:
-    text = str(progress.own + progress.others)
-    if progress.others:
-        text += f", {progress.others} by others"
-    return text
+def by_others(progress: Progress) -> str:
+    return f" ({progress.others} by others)" if progress.others else ""
 
 
 def backlog_line(progress: Progress) -> str:
     """All numbers in a line: `jobs: 12 waiting, 3 in hand; 3 wanted, 2 reserved, 1 asked for`."""
-    numbers = f"{progress.wanted} wanted, {reserved_text(progress)} reserved"
-    return f"jobs: {jobs_text(progress.jobs)}; {numbers}, {progress.asked} asked for"
+    reserved = f"{progress.own + progress.others} reserved{by_others(progress)}"
+    numbers = f"{progress.wanted} wanted, {reserved}, {progress.asked} asked for"
+    return f"jobs: {jobs_text(progress.jobs)}; {numbers}"
 
 
 def backlog_chart(history: list[tuple[float, int, int]], end: float, width: int) -> list[str]:

@@ -1,6 +1,6 @@
 """Draw what a person sees while `--backlog` works: the picture in the README, from a real run.
 
-    pip install pyte && python tests/picture.py examples/files/screen.svg
+pip install pyte && python tests/picture.py examples/files/screen.svg
 """
 
 import fcntl
