@@ -140,7 +140,7 @@ async def test_copied_alone_and_without_standard_streams_it_works(vast, worker, 
     copy = tmp_path / "copy.py"
     copy.write_bytes(SCRIPT.read_bytes())
     closing = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
-    line = "cat; echo $NULL_SESSION_ID > id"
+    line = "cat; echo noise; echo noise >&2; echo $NULL_SESSION_ID > id"
     async with consumer(worker, tmp_path, command=line, script=copy, under=closing) as running:
         session_id = await create(vast, worker)
         await eventually(lambda: is_free(worker))
