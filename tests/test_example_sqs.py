@@ -1,11 +1,14 @@
 """examples/sqs: a model that stays loaded, on moto's stand-in for Amazon's SQS."""
 
+import asyncio
 import contextlib
 import importlib.util
 
 import psutil
 import pytest
 
+from null_client import reserve
+from null_local import LocalVast
 from tests.example import Example, kill, server, which
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +44,7 @@ def models(sqs):
     found = []
     for process in sqs.processes():
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[-1:] == ["examples/sqs/consumer"]:
+            if any(word.endswith("sqs/consumer") for word in process.cmdline()[1:2]):
                 found.append(process)
     return found
 
@@ -78,8 +81,24 @@ def test_jobs_that_fail_or_kill_their_worker_go_aside_and_the_workers_home(sqs, 
     assert sqs.backlog() == (0, 0)
 
 
-def test_the_model_stays_loaded_from_one_reservation_to_the_next():
-    pass
+@pytest.mark.anyio
+async def test_the_model_stays_loaded_from_one_reservation_to_the_next(sqs, monkeypatch):
+    for name, value in sqs.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NULL_CONSUMER", str(sqs.folder / "consumer"))
+    loaded = []
+    async with LocalVast(1, 60, control_port=None) as vast, vast.client() as client:
+        endpoint = await client.get_endpoint(vast.endpoint_name)
+        for _ in range(2):
+            await asyncio.to_thread(sqs.put, 1)
+            async with reserve(endpoint) as worker:
+                worker.hand_over()
+                assert await worker.ended(timeout=60)
+            loaded.append([process.pid for process in models(sqs)])
+    assert loaded[0] == loaded[1]
+    assert len(loaded[0]) == 1
+    done, _ = await asyncio.to_thread(outcomes, sqs)
+    assert len(done) == 2
 
 
 def test_without_an_endpoint_it_goes_nowhere(sqs):
