@@ -145,7 +145,7 @@ class Example:
 
     def until(self, condition, timeout=60.0):
         """Wait for the condition to hold, and return what it gave."""
-        return _wait_for(condition, timeout, lambda: True, lambda: self.name, pause=0.3)
+        return _wait_for(condition, timeout, lambda: True, lambda: self.name, pause=0.5)
 
     @contextlib.contextmanager
     def command(self, folder, *options, **variables):
@@ -216,7 +216,7 @@ class Run:
         """Wait for the condition, and return what it gave; fails at once when the run ended."""
         return _wait_for(condition, timeout, lambda: self.process.poll() is None, self.said)
 
-    def status(self, timeout=90.0):
+    def status(self, timeout=180.0):
         """Wait for the end of the run, and return its exit status."""
 
         def ended():

@@ -17,6 +17,7 @@ if not importlib.util.find_spec("rq"):
 from redis import Redis
 from rq import Queue, Worker
 from rq.executions import Execution
+from rq.job import Job
 
 LAST_TRIES = 2  # how many `put` gives a job beside its first
 
@@ -31,6 +32,13 @@ def rq(tmp_path):
 def queue(rq):
     with Redis.from_url(rq.environment["REDIS_URL"]) as redis:
         yield Queue("jobs", connection=redis)
+
+
+def begun(queue):
+    """How many jobs are being worked on, not only taken."""
+    started = queue.started_job_registry.get_job_and_execution_ids(cleanup=False)
+    jobs = Job.fetch_many([job_id for job_id, _ in started], queue.connection)
+    return sum(job is not None and job.is_started for job in jobs)
 
 
 def let_heartbeats_run_out(queue):
@@ -73,7 +81,7 @@ def test_what_the_dead_had_is_done_and_poisoned_jobs_go_aside(rq, queue, tmp_pat
     rq.put(1, "kill")
     rq.put(8, 2)
     with rq.command(tmp_path, "--max", "3", "--settle", "3", "--once") as run:
-        run.until(lambda: queue.started_job_registry.get_job_count(cleanup=False) == 3)
+        run.until(lambda: begun(queue) == 3)
         run.until(lambda: run.kill_consumer() and let_heartbeats_run_out(queue))
         run.kill_worker()
         assert run.status() == 0
@@ -91,7 +99,7 @@ def test_a_job_that_takes_its_whole_worker_with_it_goes_aside_the_third_time(rq,
     for _ in range(3):
         assert rq.backlog() == (1, 0)
         with rq.consumer() as consumer:
-            rq.until(lambda: rq.backlog() == (0, 1))
+            rq.until(lambda: begun(queue) == 1)
             kill(*psutil.Process(consumer.pid).children(recursive=True), consumer)
         assert rq.backlog() == (0, 1)
         assert let_heartbeats_run_out(queue) == 1
