@@ -1558,6 +1558,9 @@ def vast_client(instance: str) -> Any:
     return Serverless(key, instance=instance)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Interruption:
     """The first signal ends the command with every session closed, a later one at once."""
 
@@ -1575,7 +1578,7 @@ class Interruption:
         # SIGHUP: the terminal is gone. One that is ignored on purpose (nohup) stays so.
         self._before = {
             signum: signal.getsignal(signum)
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            for signum in SIGNALS
             if signal.getsignal(signum) != signal.SIG_IGN
         }
         for signum in self._before:
@@ -1584,6 +1587,8 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.signum is not None:  # still of use until the end, see main()
+            return
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -1696,7 +1701,7 @@ def hold_standard_files() -> None:
 def main(arguments: list[str] | None = None) -> int:
     hold_standard_files()
     try:
-        return asyncio.run(run(parse_arguments(arguments)))
+        status = asyncio.run(run(parse_arguments(arguments)))
     except ModuleNotFoundError as error:
         print(
             f"null_client: the command needs {error.name}, beside this file",
@@ -1706,6 +1711,11 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001  a person gets a line, whatever went wrong
         print(f"null_client: {error}".replace("\n", " "), file=sys.stderr)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
+    if status > 128:
+        # All is closed. The same signal may still come, and Python gives up handlers as it ends.
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+    return status
 
 
 if __name__ == "__main__":

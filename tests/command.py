@@ -31,8 +31,8 @@ class Command:
     ):
         """Start it; `output` is where its standard output goes.
 
-        "pipe", "full" (no space left), "stalled" (a pipe that nobody empties), "closed", or the
-        size of a terminal: (columns, lines).
+        "pipe", "full" (no space left), "stalled" (a pipe that nobody empties), a descriptor, the
+        size of a terminal: (columns, lines); or how a shell closes what: ">&- 2>&-".
         """
         environment = (
             BARE
@@ -48,8 +48,8 @@ class Command:
                 "VAST_ENDPOINT": vast.endpoint_name,
             } | environment
         command = [sys.executable, *map(str, command), *arguments]
-        if output == "closed":
-            command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+        if isinstance(output, str) and "&-" in output:
+            command = ["sh", "-c", f'exec "$@" {output}', "sh", *command]
         self._unread, self.terminal, stdout = None, None, subprocess.PIPE
         if output == "full":
             stdout = os.open("/dev/full", os.O_WRONLY)
@@ -60,6 +60,8 @@ class Command:
                 while True:
                     os.write(stdout, b"x" * 4096)
             os.set_blocking(stdout, True)
+        elif isinstance(output, int):
+            stdout = output
         elif isinstance(output, tuple):
             master, stdout = pty.openpty()
             fcntl.ioctl(stdout, termios.TIOCSWINSZ, struct.pack("HHHH", output[1], output[0], 0, 0))

@@ -27,6 +27,7 @@ class Stub:
         self.fate = truth
         self.free = True  # a worker is
         self.waits = True  # the workers know `wait`
+        self.key = "key"  # the endpoint's
         self.sessions = {}
         self.asked = []  # when, route, message
         self.numbers = itertools.count(1)
@@ -119,6 +120,8 @@ class Stub:
     async def _truth(self, route, message):
         if route.startswith("/api/"):
             return 200, self._endpoints()
+        if route == ROUTE and message["api_key"] != self.key:
+            return 401, {"error": "invalid API key"}
         if route == ROUTE:
             return 200, self._route(message)
         if route == CREATE:
@@ -141,7 +144,7 @@ class Stub:
 
     def _endpoints(self):
         """The web API's."""
-        one = {"id": 1, "endpoint_name": "stub", "api_key": "key"}
+        one = {"id": 1, "endpoint_name": "stub", "api_key": self.key}
         one |= {"user_id": 1, "created_at": 0.0}
         return {"success": True, "results": [one], "result": one}
 

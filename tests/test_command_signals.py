@@ -68,7 +68,7 @@ def control_port_of_child(pid):
 
 
 async def test_the_command_works_without_a_standard_output():
-    async with Command("--local", "--hold", "inf", output="closed") as command:
+    async with Command("--local", "--hold", "inf", output=">&-") as command:
         port = await eventually(lambda: control_port_of_child(command.process.pid))
         await eventually(lambda: listens(port))
         status, _, answer = await request("GET", f"http://127.0.0.1:{port}/session?wait=30")
@@ -177,7 +177,21 @@ async def test_a_signal_that_ends_the_reader_of_the_output_too_closes_the_sessio
         assert await release(worker) == (200, {"released": False, "reason": "no active session"})
 
 
-async def test_a_second_signal_ends_the_client_at_once(vast):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_the_same_signal_twice_within_a_second_is_one(vast, number):
+    async with Command("--hold", "inf", vast=vast) as command:
+        await command.says("#1 held")
+        for _ in range(3):
+            command.process.send_signal(number)
+            await asyncio.sleep(0.005)
+        assert await command.status() == 128 + number
+    assert command.said("#1 released")
+    await eventually(lambda: statuses(vast) == ["Success"])
+    for worker in vast.workers.values():
+        assert (await release(worker))[1]["released"] is False
+
+
+async def test_a_second_signal_a_second_later_ends_the_client_at_once(vast):
     async with Command("--hold", "inf", vast=vast) as command:
         url = (await command.says(r"held .*, (http\S+)"))[1]
         worker = worker_at(vast, url)

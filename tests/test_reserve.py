@@ -158,6 +158,22 @@ async def test_what_cannot_be_sent_is_a_type_error_at_once(unsendable):
         assert not stub.times(ROUTE)
 
 
+@pytest.mark.parametrize(
+    ("lifetime", "error"),
+    [
+        *((value, ValueError) for value in (0, -1, 30 * 86400 + 1, 1e18, math.inf, math.nan)),
+        *((value, TypeError) for value in (None, "60", True, decimal.Decimal(60))),
+    ],
+)
+async def test_a_lifetime_out_of_bounds_is_refused_before_anything_is_asked(lifetime, error):
+    async with stubbed() as (stub, endpoint):
+        with pytest.raises(error, match=f"lifetime is {re.escape(repr(lifetime))}: it should be"):
+            await reserve(endpoint, lifetime=lifetime).__aenter__()
+        assert not stub.times(ROUTE)
+        async with reserve(endpoint, lifetime=30 * 86400):
+            pass
+
+
 async def test_what_is_nested_too_deep_is_a_type_error_at_once():
     async with stubbed() as (stub, endpoint):
         with pytest.raises(TypeError, match="not to be sent as JSON"):
