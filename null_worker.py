@@ -1061,11 +1061,14 @@ class NullWorker:
         ControlServer(self.settings.control_port, self.control_functions()).start()
         log.info("control server port=%d", self.settings.control_port)
         self._start_consumer()
-        self._watching = asyncio.create_task(self._watch_health())
-        await wait_until(lambda: self.stage is Stage.READY)
-        # The framework marks the worker as loaded next, and would tell that up to 10 s later.
-        self.framework.report_soon()
-        yield
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT)
+        async with aiohttp.ClientSession(timeout=timeout) as http:
+            await self._become_ready(http)
+            await wait_until(lambda: self.stage is Stage.READY)  # never, if it is broken by now
+            self._watching = asyncio.create_task(self._watch_health(http))
+            # The framework marks the worker as loaded next, and would tell that up to 10 s later.
+            self.framework.report_soon()
+            yield
 
     def _start_consumer(self) -> None:
         if self.settings.consumer is not None and self.stage is not Stage.DRAINING:
@@ -1075,18 +1078,8 @@ class NullWorker:
 
     # Well or sick
 
-    async def _watch_health(self) -> None:
-        """Ask often until all is well for the first time, then seldom, until there is an error."""
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT)
-        async with aiohttp.ClientSession(timeout=timeout) as http:
-            await self._become_ready(http)
-            while self.stage is Stage.READY:
-                await asyncio.sleep(HEALTH_INTERVAL)
-                problem = await self._health_problem(http)
-                if problem and self.stage is Stage.READY:
-                    self.report_broken(problem)
-
     async def _become_ready(self, http: aiohttp.ClientSession) -> None:
+        """Wait for all that a reservation needs: the public key, and a consumer that is well."""
         deadline = time.monotonic() + self.settings.start_timeout
         if not self.settings.unsecured:
             await self._wait_for_no(self._key_problem, KEY_INTERVAL, deadline)
@@ -1115,6 +1108,14 @@ class NullWorker:
         except KEY_ERRORS as error:
             return f"no public key: {type(error).__name__}: {error}"
         return ""
+
+    async def _watch_health(self, http: aiohttp.ClientSession) -> None:
+        """Look at a consumer that was well, until it isn't."""
+        while self.stage is Stage.READY:
+            await asyncio.sleep(HEALTH_INTERVAL)
+            problem = await self._health_problem(http)
+            if problem and self.stage is Stage.READY:
+                self.report_broken(problem)
 
     async def _health_problem(self, http: aiohttp.ClientSession) -> str:
         """What is wrong with the consumer; empty when it is well, or has no health to ask for."""

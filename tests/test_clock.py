@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.http import post
-from tests.worker import create, driver, fresh, killed, lease, release, renew, until
+from tests.worker import create, driver, fresh, is_free, killed, lease, release, renew, until
 
 pytestmark = pytest.mark.anyio
 HOUR = 3600
@@ -37,23 +37,41 @@ async def expiration(worker, session_id, auth):
 
 
 @pytest.mark.parametrize("seconds", [-HOUR, 180])
-async def test_reports_go_on_and_leases_last_as_long_as_they_should(vast, tmp_path, seconds):
+async def test_a_lease_lasts_as_long_as_it_should(vast, tmp_path, seconds):
     clock = Clock(tmp_path)
     worker = await fresh(vast, script=clock.script)
-    session_id = await create(vast, worker, lifetime=60)
-    await until(worker, lambda: worker.report["cur_load"] == 100)
-    clock.set(seconds)
-    await asyncio.sleep(6)  # a sweep for expired sessions at least
-    assert 50 < (await lease(worker))["time_to_live"] < 56
-    assert 59 < (await renew(worker, session_id))[1]["time_to_live"] <= 60
-    assert (await release(worker, session_id))[1]["released"]
-    await until(worker, lambda: worker.report["cur_load"] == 0, timeout=10)
-    start = time.monotonic()
-    await create(vast, worker, lifetime=2)
-    await until(worker, lambda: worker.report["cur_load"] == 100, timeout=10)
-    await until(worker, lambda: worker.report["cur_load"] == 0, timeout=20)
-    assert 2 <= time.monotonic() - start < 2 + 5 + 4  # 5 to the next sweep; 4 for the report
+    for lifetime, is_renewed in ((60, True), (8, False)):
+        session_id, start = await create(vast, worker, lifetime=lifetime), time.monotonic()
+        clock.set(seconds)
+        await asyncio.sleep(6)  # a sweep for expired sessions at least
+        assert 5 < lifetime - (await lease(worker))["time_to_live"] < 7
+        if is_renewed:
+            assert 59 < (await renew(worker, session_id))[1]["time_to_live"] <= 60
+            assert (await release(worker, session_id))[1]["released"]
+        seconds *= 2
+    await until(worker, lambda: is_free(worker))
+    assert 8 <= time.monotonic() - start < 8 + 5 + 4  # 5 to the next sweep
     await killed(worker)
+
+
+@pytest.mark.parametrize("seconds", [-HOUR, 180])
+async def test_reports_go_on(vast, tmp_path, seconds):
+    clock = Clock(tmp_path)
+    worker = await fresh(vast, script=clock.script)
+    clock.set(seconds)
+    vast.reports.clear()
+    for _ in range(2):  # ten seconds apart, when nothing happens
+        before = len(reports_of(vast, worker))
+        await until(
+            worker, lambda before=before: len(reports_of(vast, worker)) > before, timeout=20
+        )
+    await create(vast, worker)
+    await until(worker, lambda: worker.report["cur_load"] == 100, timeout=10)
+    await killed(worker)
+
+
+def reports_of(vast, worker):
+    return [report for report in vast.reports if report["id"] == worker.number]
 
 
 async def test_what_the_dispatcher_is_told_is_the_wall_clocks_as_it_was_at_the_create(

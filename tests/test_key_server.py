@@ -9,7 +9,7 @@ from aiohttp import web
 from null_local import LocalVast
 from tests.http import listens, server
 from tests.waiting import eventually
-from tests.worker import create, exit_status, killed, until
+from tests.worker import create, driver, exit_status, killed, until
 
 pytestmark = pytest.mark.anyio
 
@@ -46,3 +46,11 @@ async def test_nonsense_is_no_key(vast):
         said = "broken: not well within 2 s: no public key: ValueError"
         await until(worker, lambda: worker.log.exists() and said in worker.log.read_text())
         await killed(worker)
+
+
+async def test_whatever_else_goes_wrong_at_the_start_is_the_workers_error(vast, tmp_path):
+    odd = "def odd(_): raise RuntimeError('odd')"
+    change = "from vastai.serverless.server.lib import backend; backend.RSA.import_key = odd"
+    worker = vast.start_worker(script=driver(tmp_path, odd, change))
+    await eventually(lambda: worker.report.get("error_msg"))
+    assert worker.report["error_msg"] == "Lifecycle startup failed: odd"
