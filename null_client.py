@@ -828,6 +828,13 @@ def decide(limits: Limits, course: Course, look: Look) -> tuple[Course, Decision
     return course, Decision(wanted, others, max(0, ask), max(0, take_back))
 
 
+def nothing_is_left(limits: Limits, course: Course, at: float) -> bool:
+    """Whether each look of the last `settle` seconds, two at least, found no job."""
+    if course.none_since is None or course.looks_at_none < 2:
+        return False
+    return at - course.none_since >= limits.settle
+
+
 def _for_those_waiting(limits: Limits, course: Course, look: Look, jobs: Jobs) -> int:
     """How many more the waiting jobs need. One that was opened since fewer were waiting last may be
     loading for minutes before it pulls a job: it isn't to be opened twice."""
@@ -1219,12 +1226,7 @@ class _Follower:
                 raise Stuck("given up after 10 minutes: " + "; ".join(self._troubles.texts))
         if self._requests or self._held.own or self._decision.others:
             return False
-        none_since = self._course.none_since
-        return (
-            none_since is not None
-            and self._course.looks_at_none >= 2
-            and now - none_since >= self._limits.settle
-        )
+        return nothing_is_left(self._limits, self._course, now)
 
     async def leave(self) -> None:
         """Take back what waits. What is reserved goes on without us."""

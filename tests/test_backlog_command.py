@@ -36,7 +36,7 @@ def processes_with(mark):
         ("printf ' 3\\t\\n4'", Jobs(3, 4)),
         ("echo 007", Jobs(7)),
         ("echo 0 0; echo noise >&2", Jobs(0, 0)),
-        ("sleep 60 & echo 7", Jobs(7)),  # what still holds the pipe is not waited for
+        ("sleep 600 & echo 7", Jobs(7)),  # what still holds the pipe is not waited for
         ("exec >&- 2>&-; sleep 0.1", "it printed nothing"),
         ("true", "it printed nothing"),
         ("exit 1", "exit status 1"),
@@ -79,7 +79,7 @@ async def test_what_it_prints_is_one_or_two_numbers_or_not_known(line, jobs, mon
 async def test_cancelled_all_that_it_has_started_is_killed(monkeypatch):
     mark = f"{os.getpid()}-{time.monotonic()}"
     monkeypatch.setenv("BACKLOG_OF_THE_TEST", mark)
-    counting = asyncio.create_task(run_backlog("trap '' TERM; sleep 60 | sleep 60 & sleep 60"))
+    counting = asyncio.create_task(run_backlog("trap '' TERM; sleep 600 | sleep 600 & sleep 600"))
     await eventually(lambda: len(processes_with(mark)) >= 4)
     counting.cancel()
     await asyncio.wait({counting})

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from null_client import Course, Decision, Jobs, Limits, Look, as_jobs, decide
+from null_client import Course, Decision, Jobs, Limits, Look, as_jobs, decide, nothing_is_left
 
 NOT_KNOWN = None
 
@@ -270,13 +270,29 @@ def test_stuck_the_pause_runs_from_when_the_last_one_was_opened_not_from_when_it
     assert [each.ask for each in (first, waits, next_one)] == [1, 0, 1]
 
 
-def test_the_looks_that_found_no_job_are_counted_until_one_finds_some_or_fails():
-    none = [look(0, Jobs(1, 0)), look(5, Jobs(0, 0)), look(10, Jobs(0, 0))]
-    course, _ = course_of(none)
-    assert (course.none_since, course.looks_at_none) == (5, 2)
-    for last in (look(15, Jobs(0, 1)), look(15, NOT_KNOWN)):
-        course, _ = course_of([*none, last])
-        assert (course.none_since, course.looks_at_none) == (None, 0)
+NONE = Jobs(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "settle", "left"),
+    [
+        ([NONE], 0, True),  # one look is not enough
+        ([NONE, NONE], 10, True),
+        ([NONE, NONE, NONE], 10, False),
+        ([NONE, NONE], 0, False),
+        ([NONE, Jobs(0, 1), NONE], 10, True),
+        ([NONE, Jobs(1, 0), NONE, NONE, NONE], 10, False),
+        ([NONE, NOT_KNOWN, NONE], 10, True),
+        ([Jobs(0), Jobs(0), Jobs(0)], 10, False),
+    ],
+)
+def test_nothing_is_left_when_each_look_of_settle_seconds_and_two_at_least_said_so(
+    jobs, settle, left
+):
+    """A look each 5 s."""
+    looks = [look(5 * place, each) for place, each in enumerate(jobs)]
+    course, _ = course_of(looks, settle=settle)
+    assert nothing_is_left(Limits(20, settle=settle), course, looks[-1].at) == (not left)
 
 
 def test_what_a_backlog_may_answer():

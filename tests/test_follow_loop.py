@@ -86,6 +86,9 @@ async def test_what_is_reserved_is_kept_and_what_waits_is_taken_back_after_settl
         this.jobs = (0, 0)
         await eventually(lambda: this.numbers == (WORKERS, 0))
         await this.looks_twice()
+        polls = vast.polls
+        await asyncio.sleep(1.5)
+        assert vast.polls == polls
         assert await sessions(vast) == before
         assert this.said == []
 
