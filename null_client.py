@@ -1109,7 +1109,6 @@ class Progress(NamedTuple):
     own: int = 0  # reservations that are held
     others: int = 0  # reserved by others
     asked: int = 0  # requests that wait for a worker
-    workers: tuple[str, ...] = ()  # what each on Vast's list does, in a word
     troubles: tuple[str, ...] = ()  # what goes wrong
 
 
@@ -1181,7 +1180,6 @@ class _Follower:
         self._tasks: set[asyncio.Task[None]] = set()  # of all, those that are taken back included
         self._course = Course()
         self._decision = Decision()
-        self._workers: tuple[str, ...] = ()  # on the last list, in a word each
         self._list_trouble = ""  # why there is no newer one
         self._leaving = False
 
@@ -1254,12 +1252,12 @@ class _Follower:
         except Exception as error:  # noqa: BLE001  the SDK has no class for it
             self._list_trouble = one_line(error)
             return None
-        self._workers = tuple(worker_word(worker.status, worker.cur_load) for worker in workers)
         if not workers and self._held.own:
             self._list_trouble = "it is empty, while workers are reserved"
             return None
         reserved = 0
-        for word, worker in zip(self._workers, workers, strict=True):
+        for worker in workers:
+            word = worker_word(worker.status, worker.cur_load)
             if worker.cur_load > 0 and word not in HOLD_NOTHING:
                 reserved += 1
         return reserved
@@ -1330,7 +1328,6 @@ class _Follower:
                 own=len(self._held.own),
                 others=self._decision.others,
                 asked=len(self._requests),
-                workers=self._workers,
                 troubles=self._troubles.texts,
             )
         )
@@ -1427,12 +1424,27 @@ async def watch_workers(endpoint: Endpoint, display: Display) -> None:
     """Show what the workers do, until none runs any more."""
     while True:
         with contextlib.suppress(Exception):  # a display only; the reservations ask for themselves
-            workers = await endpoint.get_workers()
-            words = [worker_word(worker.status, worker.cur_load) for worker in workers]
+            words = await workers_in_words(endpoint)
             display.has_workers(words)
             if display.all_ended and words.count("stopped") == len(words):
                 return
         await asyncio.sleep(1.0)
+
+
+async def keep_showing_workers(
+    endpoint: Endpoint, display: BacklogDisplay, interval: float
+) -> None:
+    """Show what the workers do, each `interval` seconds."""
+    while True:
+        with contextlib.suppress(Exception):  # a display only; follow() asks for itself
+            display.has_workers(await workers_in_words(endpoint))
+        await asyncio.sleep(interval)
+
+
+async def workers_in_words(endpoint: Endpoint) -> list[str]:
+    """What each of the endpoint's workers does. Raises what the SDK raises."""
+    workers = await endpoint.get_workers()
+    return [worker_word(worker.status, worker.cur_load) for worker in workers]
 
 
 def number(
@@ -1681,6 +1693,9 @@ async def attempt_backlog(args: argparse.Namespace, display: BacklogDisplay) -> 
     try:
         async with contextlib.AsyncExitStack() as stack:
             endpoint = await connect(stack, args, args.max, display)
+            interval = 1.0 if args.local else args.every
+            showing = asyncio.create_task(keep_showing_workers(endpoint, display, interval))
+            stack.callback(showing.cancel)
             await follow_backlog(endpoint, args, display)
     finally:
         display.show_chart()

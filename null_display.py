@@ -281,18 +281,21 @@ class BacklogDisplay(Screen):
     def has_progressed(self, progress: Progress) -> None:
         before = self._progress
         self._progress = progress
-        workers = count(progress.workers)
-        if not self.output.on_terminal:
-            if before is None or backlog_line(progress) != backlog_line(before):
-                self.say(backlog_line(progress))
-            if workers != self._workers:
-                self.say(f"workers: {workers}")
-        self._workers = workers
+        changed = before is None or backlog_line(progress) != backlog_line(before)
+        if changed and not self.output.on_terminal:
+            self.say(backlog_line(progress))
         if not progress.asked:
             self._asked_since = None
         elif self._asked_since is None:
             self._asked_since = time.monotonic()
         self._remember(progress)
+
+    def has_workers(self, words: list[str]) -> None:
+        """The endpoint's workers, in a word each: reserved, free, loading, stopped, broken."""
+        workers = count(words)
+        if workers != self._workers and not self.output.on_terminal:
+            self.say(f"workers: {workers}")
+        self._workers = workers
 
     def _remember(self, progress: Progress) -> None:
         """For the chart. What lasts for weeks is remembered in less detail."""

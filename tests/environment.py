@@ -36,12 +36,3 @@ def run(command, environment):
     return subprocess.run(
         command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
-
-
-def readme(*, holding):
-    """The one code block of the README that holds this text."""
-    blocks = re.findall(
-        r"^```(?:sh|python)\n(.*?)^```", (HERE / "README.md").read_text(), re.DOTALL | re.MULTILINE
-    )
-    (block,) = [block for block in blocks if holding in block]
-    return block

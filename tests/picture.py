@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -21,9 +22,7 @@ from rich.console import Console
 HERE = Path(__file__).parent.parent
 WIDTH = 84
 HEIGHT = 20
-COMMAND = (
-    "null_client.py --local --backlog examples/files/backlog --max 3 --settle 3 --once".split()
-)
+COMMAND = "null_client.py --local --backlog examples/files/backlog --max 3 --settle 3 --once"
 
 
 def screens():
@@ -40,7 +39,7 @@ def screens():
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, WIDTH, 0, 0))
         run = subprocess.Popen(
-            [sys.executable, *COMMAND],
+            [sys.executable, *shlex.split(COMMAND)],
             cwd=HERE,
             env=environment,
             stdin=theirs,
@@ -69,14 +68,15 @@ def main(path):
     # The middle of it: some jobs are done, some are in hand, all three workers are reserved.
     middle = ""
     for text in screens():
-        if "3 reserved" in text and "3 in hand" in text:
+        if re.search("reserved +3", text) and re.search("[1-9] in hand", text):
             middle = text
+    assert middle
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=WIDTH, file=nowhere)
         console.print(middle, markup=False, highlight=False)
     # With the reader's own fonts, instead of fetching one.
     style = re.sub(r"@font-face {{.*?}}\n", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    console.save_svg(path, title=f"python {' '.join(COMMAND)}", code_format=style)
+    console.save_svg(path, title=f"python {COMMAND}", code_format=style)
 
 
 if __name__ == "__main__":
