@@ -1,7 +1,6 @@
 """Run any queue's consumer on a Vast instance, and only while the instance is reserved.
 
-    python null_consumer.py [--grace S] [--empty COMMAND] [--resident] [--broken-after S] \
--- COMMAND [ARG ...]
+    python null_consumer.py [options] -- COMMAND [ARG ...]        --help tells the options
 
 It waits until somebody has reserved the null_worker.py of this instance, runs COMMAND, renews the
 reservation meanwhile, and releases it when COMMAND and all that it has started have ended.
@@ -196,6 +195,16 @@ def turn(parts: Sequence[Part], until: float = math.inf) -> None:
         part.step()
 
 
+def read_all(descriptor: int) -> bytes | None:
+    """What can be read by now of one that doesn't block; None at its end."""
+    received = b""
+    with contextlib.suppress(BlockingIOError):
+        while some := os.read(descriptor, LONGEST_ANSWER):
+            received += some
+        return received or None
+    return received
+
+
 # The control server
 
 
@@ -203,6 +212,7 @@ class Exchange:
     """One request to the control server. A Part: http.client would wait for the answer."""
 
     def __init__(self, port: int, method: str, target: str, timeout: float = ANSWER_WAIT) -> None:
+        self.port = port
         self.sent_at = time.monotonic()
         self.due = self.sent_at + timeout
         self.done = False
@@ -393,16 +403,6 @@ def become_subreaper() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
-def read_all(descriptor: int) -> bytes | None:
-    """What can be read by now of one that doesn't block; None at its end."""
-    received = b""
-    with contextlib.suppress(BlockingIOError):
-        while some := os.read(descriptor, LONGEST_ANSWER):
-            received += some
-        return received or None
-    return received
 
 
 class Program(NamedTuple):
@@ -671,6 +671,11 @@ def describe_failure(status: int) -> str:
 # The lease
 
 
+def ask_for_reservation(port: int) -> Exchange:
+    """Its answer comes as soon as there is a reservation, or after 30 s without."""
+    return Exchange(port, "GET", f"/session?wait={SESSION_WAIT:g}", SESSION_WAIT + ANSWER_WAIT)
+
+
 class Renewal:
     """Keeps a reservation by renewing it each second, and knows when it is gone. A Part.
 
@@ -680,11 +685,10 @@ class Renewal:
     def __init__(
         self, port: int, session_id: str | None = None, time_to_live: float = math.inf
     ) -> None:
-        self.session_id = session_id
-        self.kept: str | None = session_id  # the one that the worker last said was open
+        self.session_id = session_id  # of the reservation that it keeps now
         self.gone = ""  # why, once it is
         self._port = port
-        self._named = session_id is not None
+        self._given_id = session_id
         self._next_at = time.monotonic()
         # One that has almost run out, or has and wasn't swept yet, may still be renewed.
         self._expires_at = self._next_at + max(time_to_live, 2 * RENEW_EVERY)
@@ -706,7 +710,7 @@ class Renewal:
             return
         now = time.monotonic()
         if self._exchange is None and now >= self._next_at:
-            self._exchange = Exchange(self._port, "POST", target_for("/renew", self.session_id))
+            self._exchange = Exchange(self._port, "POST", target_for("/renew", self._given_id))
             self._next_at = now + RENEW_EVERY
         if self._exchange:
             self._exchange.step()
@@ -720,28 +724,37 @@ class Renewal:
         renewed = exchange.answer.get("renewed")
         if renewed:
             time_to_live = float(exchange.answer.get("time_to_live", 0))
-            self.kept = exchange.answer.get("session_id")
             self._next_at = exchange.sent_at + min(RENEW_EVERY, max(0.1, time_to_live / 3))
-            if self._named:
+            if self._given_id is None:
+                self.session_id = exchange.answer.get("session_id")
+            else:
                 self._expires_at = exchange.sent_at + time_to_live
+        elif renewed is False and self._given_id is None:
+            self.session_id = None
         elif renewed is False:
-            self.kept = None
-            if self._named:
-                self._end("the worker says that it has ended")
+            self._end("the worker says that it has ended")
 
     def _end(self, why: str) -> None:
         self.gone = why
         self.close()
 
     def forget(self) -> None:
-        """The one that it keeps is served, or released."""
-        self.kept = None
+        """The reservation that it keeps is served now, or released."""
+        self.session_id = None
         self.close()
 
     def close(self) -> None:
         if self._exchange:
             self._exchange.close()
             self._exchange = None
+
+
+def renewal_of(asked: Exchange) -> Renewal | None:
+    """Of the reservation that ask_for_reservation() has brought; None if it has brought none."""
+    session_id = asked.answer.get("session_id")
+    if session_id is None:
+        return None
+    return Renewal(asked.port, session_id, float(asked.answer.get("time_to_live", 0)))
 
 
 # What follows from a run
@@ -1056,8 +1069,8 @@ class Consumer:
     def _pause(self) -> None:
         """After a failure. A reservation that comes meanwhile is kept, to be served then."""
         self._wait(self._next, until=time.monotonic() + self._failures.pause)
-        if self._stop.now and self._next.kept:
-            self._release(self._next.kept)
+        if self._stop.now and self._next.session_id:
+            self._release(self._next.session_id)
         self._next.forget()
 
     # COMMAND runs while there is a reservation
@@ -1078,15 +1091,13 @@ class Consumer:
         """None when it is time to stop."""
         told = False
         while not self._stop.now:
-            target = f"/session?wait={SESSION_WAIT:g}"
-            asked = Exchange(self._port, "GET", target, SESSION_WAIT + ANSWER_WAIT)
+            asked = ask_for_reservation(self._port)
             while not asked.done and not self._stop.now:
                 self._turn(asked)
             asked.close()
-            session_id = asked.answer.get("session_id")
-            if session_id and not self._stop.now:
-                time_to_live = float(asked.answer.get("time_to_live", 0))
-                return Renewal(self._port, session_id, time_to_live)
+            lease = renewal_of(asked)
+            if lease and not self._stop.now:
+                return lease
             if asked.problem and not told:
                 say(f"waiting for the worker at 127.0.0.1:{self._port}: {asked.problem}")
                 told = True
@@ -1191,7 +1202,7 @@ class Consumer:
         answer = self._post(target_for("/release", session_id), RELEASE_WAIT)
         for released in answer.get("session_ids", []):
             say(f"released session={released}")
-            if released == self._next.kept:
+            if released == self._next.session_id:
                 self._next.forget()
 
     def _post(self, target: str, timeout: float) -> dict[str, Any]:
@@ -1253,7 +1264,8 @@ class Lease:
         target = target_for("/release", self.session_id)
         give_up_at = time.monotonic() + ANSWER_WAIT
         while not self._renewal.gone:
-            asked = ask(self._port, "POST", target, RELEASE_WAIT)
+            asked = Exchange(self._port, "POST", target, RELEASE_WAIT)
+            finish(asked)
             if asked.answer:
                 return
             if time.monotonic() > give_up_at:
@@ -1295,15 +1307,11 @@ class Lease:
             beating.join(every)
 
 
-def ask(
-    port: int, method: str, target: str, timeout: float, give_up: Callable[[], bool] = bool
-) -> Exchange:
-    """An exchange that is done, or was given up."""
-    asked = Exchange(port, method, target, timeout)
+def finish(asked: Exchange, give_up: Callable[[], bool] = lambda: False) -> None:
+    """Wait until it is done, or given up."""
     while not asked.done and not give_up():
         turn([asked], time.monotonic() + GLANCE)
     asked.close()
-    return asked
 
 
 def reservations(limit: float | None = None) -> Iterator[Lease]:
@@ -1325,11 +1333,10 @@ def reservations(limit: float | None = None) -> Iterator[Lease]:
 
     try:
         while not is_ending():
-            target = f"/session?wait={SESSION_WAIT:g}"
-            asked = ask(port, "GET", target, SESSION_WAIT + ANSWER_WAIT, is_ending)
-            session_id = asked.answer.get("session_id")
-            if session_id and not is_ending():
-                renewal = Renewal(port, session_id, float(asked.answer.get("time_to_live", 0)))
+            asked = ask_for_reservation(port)
+            finish(asked, is_ending)
+            renewal = renewal_of(asked)
+            if renewal and not is_ending():
                 with Lease(port, renewal, limit, is_ending) as lease:
                     yield lease
             else:  # one that isn't there, or drains, answers at once

@@ -95,6 +95,7 @@ async def test_a_lease_turns_false_when_it_is_gone_and_the_next_one_is_taken(
     body = """
 for lease in reservations():
     with lease:
+        print("taken", lease.session_id)
         while lease:
             time.sleep(0.01)
         print("gone", lease.session_id)
@@ -103,7 +104,8 @@ for lease in reservations():
     async with program(worker, tmp_path, body) as running:
         for _ in range(2):
             session_id = await create(vast, worker)
-            await asyncio.sleep(0.5)
+            await running.until_printed(f"taken {session_id}")
+            await asyncio.sleep(1.5)
             assert f"gone {session_id}" not in running.output()
             await release(worker, session_id)
             await running.until_printed(f"gone {session_id}")
