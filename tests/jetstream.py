@@ -64,6 +64,7 @@ def check_that_heartbeats_keep_others_off(example):
     example.put(1, 20)
     with example.consumer() as first:
         example.until(lambda: in_hand(example))
+        assert example.backlog() == (1,)
         example.ask("consumer")  # stays for as long as that wait, and finds nothing to do
         assert outcomes(example) == (0, 0)
         assert first.poll() is None
