@@ -19,13 +19,12 @@ pytestmark = pytest.mark.anyio
 
 LOST = "null_client: not all of the output could be written"
 DEMO = ("--demo", "--count", "60", "--interval", "0.1", "--plateau", "0.1")  # some 20 KiB
-F_SETPIPE_SZ = 1031  # of Linux; Python has a name for it since 3.10
 
 
 def small_pipe():
     """The ends of a pipe that holds one page."""
     reader, writer = os.pipe()
-    fcntl.fcntl(writer, F_SETPIPE_SZ, 4096)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     return reader, writer
 
 

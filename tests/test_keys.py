@@ -53,7 +53,7 @@ async def test_a_refusal_that_another_key_does_not_end_is_final_after_a_few_requ
         stub.key = "another"  # the web API's
         stub.fate = lambda route, _: (status, b"no") if route == ROUTE else None
         with pytest.raises(Refused, match=f"the autoscaler refuses: HTTP {status} - no") as refused:
-            await reserve(endpoint).__aenter__()
+            await reserve(endpoint, wait=20).__aenter__()
         assert refused.value.status == status
         assert len(stub.times(ROUTE)) == 2  # with the old one and the new one
         assert len(stub.times(WEB_API)) == 1
