@@ -37,6 +37,7 @@ def processes_with(mark):
         ("echo 007", Jobs(7)),
         ("echo 0 0; echo noise >&2", Jobs(0, 0)),
         ("sleep 600 & echo 7", Jobs(7)),  # what still holds the pipe is not waited for
+        ("set -- $(cat /proc/$$/stat); [ $6 = $$ ] && echo 1", Jobs(1)),  # its session
         ("exec >&- 2>&-; sleep 0.1", "it printed nothing"),
         ("true", "it printed nothing"),
         ("exit 1", "exit status 1"),
