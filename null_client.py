@@ -8,6 +8,9 @@
 Exit status: 0 all were held and released, by whichever side; 1 not reserved, lost, or unreachable,
 or not all of the output could be written; 2 usage or settings; 128 and the number of a signal (130
 after Ctrl-C), with every session closed.
+
+With --backlog: 0 nothing was left to do (--once), 1 stuck or refused for ten minutes; after a
+signal what waits is taken back, and what is reserved goes on with its consumers.
 """
 
 from __future__ import annotations
