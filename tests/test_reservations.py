@@ -216,6 +216,8 @@ print("done")
         await running.until_printed("taken")
         worker.process.kill()
         await running.until_printed("gone")
+        await asyncio.sleep(2)
+        assert running.process.returncode is None
         running.process.send_signal(signal.SIGTERM)
         assert await running.status() == 0
         assert running.output() == "taken\ngone\ndone\n"
