@@ -1102,6 +1102,8 @@ async def _within(seconds: float, work: Awaitable[object]) -> Any:
         if not task.done():
             task.cancel()
             await asyncio.wait({task}, timeout=1)  # it ends what it has started
+        if task.done() and not task.cancelled():
+            task.exception()  # where we were cancelled nobody else asks for it
 
 
 class Progress(NamedTuple):

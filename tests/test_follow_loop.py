@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 
 import pytest
 
@@ -102,6 +103,28 @@ async def test_cancelled_it_leaves_what_is_reserved_and_takes_back_what_waits(va
     polls = vast.polls
     await asyncio.sleep(1.5)
     assert vast.polls == polls
+
+
+async def test_cancelled_in_the_moment_in_which_the_backlog_fails_it_leaves_no_exception(vast):
+    loop = asyncio.get_running_loop()
+    unhandled = []
+    loop.set_exception_handler(lambda _, context: unhandled.append(context["message"]))
+    failure = loop.create_future()
+
+    async def backlog():
+        return await failure
+
+    async with endpoint_of(vast) as endpoint:
+        following = asyncio.create_task(follow(endpoint, backlog, 1))
+        await asyncio.sleep(0.1)
+        failure.set_exception(KeyError("jobs"))
+        await asyncio.sleep(0)
+        following.cancel()
+        await asyncio.wait({following})
+    assert following.cancelled()
+    del following  # its traceback holds what has failed
+    gc.collect()
+    assert unhandled == []
 
 
 async def test_one_that_has_ended_is_followed_by_the_next_within_a_second_or_so(vast):
