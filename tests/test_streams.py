@@ -86,7 +86,8 @@ async def test_a_consumer_gets_open_outputs_from_a_worker_that_had_none(tmp_path
     line = "readlink /proc/self/fd/1 /proc/self/fd/2 > told"
     async with worker_alone(tmp_path, program, NULL_CONSUMER=line) as worker:
         await eventually(worker.reserve)
-        await eventually(lambda: (tmp_path / "told").exists())
+        told = tmp_path / "told"
+        await eventually(lambda: told.exists() and len(told.read_text().splitlines()) == 2)
 
 
 @pytest.mark.parametrize("closed", CLOSED)
