@@ -163,24 +163,24 @@ class Settings(NamedTuple):
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Settings":
         """Raise StartupError for the first bad value, or for all missing variables of Vast's."""
-        given = _Environment(env)
-        control_port = given.port("NULL_CONTROL_PORT")
-        worker_port = given.port("WORKER_PORT")
-        given.values.setdefault("WORKER_HTTP_PORT", str(worker_port + 1))
-        health_url = given.health_url("BACKEND_HEALTH_URL", control_port)
-        start_timeout = given.seconds("BACKEND_START_TIMEOUT")
-        unsecured = given.switch("UNSECURED")
-        consumer = given.consumer("NULL_CONSUMER")
-        given.require_instance()
-        http_port = given.port("WORKER_HTTP_PORT")
+        environment = _Environment(env)
+        control_port = environment.port("NULL_CONTROL_PORT")
+        worker_port = environment.port("WORKER_PORT")
+        environment.values.setdefault("WORKER_HTTP_PORT", str(worker_port + 1))
+        health_url = environment.health_url("BACKEND_HEALTH_URL", control_port)
+        start_timeout = environment.seconds("BACKEND_START_TIMEOUT")
+        unsecured = environment.switch("UNSECURED")
+        consumer = environment.consumer("NULL_CONSUMER")
+        environment.require_instance()
+        http_port = environment.port("WORKER_HTTP_PORT")
         is_other = http_port != worker_port
-        given.require(is_other, "WORKER_HTTP_PORT", "another port than WORKER_PORT")
+        environment.require(is_other, "WORKER_HTTP_PORT", "another port than WORKER_PORT")
         is_other = control_port not in (worker_port, http_port)
         wanted = "another port than WORKER_PORT and WORKER_HTTP_PORT"
-        given.require(is_other, "NULL_CONTROL_PORT", wanted)
+        environment.require(is_other, "NULL_CONTROL_PORT", wanted)
         host = None
-        if LOOPBACK.fullmatch(given.values["PUBLIC_IPADDR"]):
-            host = given.values["PUBLIC_IPADDR"]
+        if LOOPBACK.fullmatch(environment.values["PUBLIC_IPADDR"]):
+            host = environment.values["PUBLIC_IPADDR"]
         ports = (worker_port, http_port)
         return cls(control_port, health_url, host, ports, start_timeout, unsecured, consumer)
 
@@ -282,6 +282,10 @@ class Refusal(Exception):
         self.answer = answer
 
 
+def _invalid(found: dict[str, str]) -> Refusal:
+    return Refusal(422, {"error": "invalid", "fields": found})
+
+
 def problems(message: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, str]:
     """What is wrong with the fields of a request, by name; empty when nothing is."""
     found = {}
@@ -297,23 +301,23 @@ def problems(message: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[st
 
 def parse(body: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
     """The message in the body of a request, checked; raises Refusal."""
-    found = {"body": "must be a JSON object in UTF-8"}
     message = None
     if body.count(b"{") + body.count(b"[") + body.count(b",") <= MAX_VALUES:
         with contextlib.suppress(ValueError, RecursionError):
             # UTF-8, whatever charset it names: some decoders take quadratic time.
             message = json.loads(body.decode())
-    if isinstance(message, dict):
-        found = problems(message, fields)
+    if not isinstance(message, dict):
+        raise _invalid({"body": "must be a JSON object in UTF-8"})
+    found = problems(message, fields)
     if found:
-        raise Refusal(422, {"error": "invalid", "fields": found})
-    return message  # type: ignore[return-value]  # a dict, or found would not be empty
+        raise _invalid(found)
+    return message
 
 
 async def read_body(request: web.Request) -> bytes:
     """The body of a request, inflated, and bounded in size and time; raises Refusal."""
     too_large = Refusal(413, {"error": f"body over {MAX_BODY} bytes"})
-    unreadable = Refusal(422, {"error": "invalid", "fields": {"body": "must be readable"}})
+    unreadable = _invalid({"body": "must be readable"})
     try:
         bounded = request.clone(client_max_size=MAX_BODY)
         body = await asyncio.wait_for(bounded.read(), BODY_WAIT)
@@ -413,7 +417,7 @@ def control_request(functions: Mapping[str, ControlFunction], method: str, targe
     """The answer to a request to the control server. `functions` has what each path does."""
     path, _, query = target.partition("?")
     route = CONTROL_ROUTES.get(path)
-    function = functions.get(path)
+    function = functions.get(path)  # /health has none where the consumer answers its own
     if route is None or function is None:
         return Answer(404, {"error": "not found"})
     if method not in route.methods:
