@@ -544,6 +544,7 @@ class Framework:
             self._check_version(version)
             self._build(hooks)
             self._check_names()
+            self._take_names()
             self._patch(hooks)
         except SDK_ERRORS as error:
             text = f"vastai-sdk {version} is not known to work ({error}); 1.3 up to below 2 is"
@@ -621,13 +622,16 @@ class Framework:
         fields = backend_module.Session.__dataclass_fields__
         for name in ("session_id", "lifetime", "expiration", "on_close_route", "on_close_payload"):
             operator.itemgetter(name)(fields)
+
+    def _take_names(self) -> None:
+        """Keep the framework's own functions, before _patch() puts ours in their places."""
         self._handlers = {PING: self._worker.routes[0].handler}
         for route in ROUTES:
             if route != PING:
                 self._handlers[route] = getattr(self._backend, _handler_name(route))
         self._close = self._backend._Backend__close_session
         self.run: Callable[..., Awaitable[None]] = self._worker.run_async
-        self.benchmark_file = Path(backend_module.BENCHMARK_INDICATOR_FILE)
+        self.benchmark_file = Path(self._lib.backend.BENCHMARK_INDICATOR_FILE)
         self.has_master_token = bool(self._backend.mtoken)
 
     def _patch(self, hooks: Hooks) -> None:
