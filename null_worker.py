@@ -890,7 +890,8 @@ def end_process(status: int) -> NoReturn:
 
 # The consumer that the worker starts, where NULL_CONSUMER names one
 
-CONSUMER_PAUSES = (1.0, 30.0)  # seconds until it is started again, the first time and at most
+CONSUMER_PAUSE = 1.0  # seconds until it is started again, the first time; doubled each time
+CONSUMER_LONGEST_PAUSE = 30.0  # seconds
 CONSUMER_WELL = 60.0  # seconds after which one that ends was well before
 CONSUMER_GRACE = (4.0, 1.0, 0.5)  # seconds after SIGTERM, after SIGTERM again, and after SIGKILL
 
@@ -924,8 +925,14 @@ class ConsumerProcess:
         # null_consumer.py, which reads the other one to its end, then ends too.
         self._pipe, self._our_end = os.pipe()
         self._command = [
-            *(sys.executable, str(CONSUMER_SCRIPT), "--worker-pipe", str(self._pipe)),
-            *("--", "sh", "-c", line),
+            sys.executable,
+            str(CONSUMER_SCRIPT),
+            "--worker-pipe",
+            str(self._pipe),
+            "--",
+            "sh",
+            "-c",
+            line,
         ]
         self._environment = environment
         self._process: asyncio.subprocess.Process | None = None
@@ -937,18 +944,18 @@ class ConsumerProcess:
         self._running = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        pause, longest_pause = CONSUMER_PAUSES
+        pause = CONSUMER_PAUSE
         while not self._ending.is_set():
             started_at = time.monotonic()
             why = await self._run_once()
             if self._ending.is_set():
                 return
             if time.monotonic() - started_at > CONSUMER_WELL:
-                pause, _ = CONSUMER_PAUSES
+                pause = CONSUMER_PAUSE
             log.error("null_consumer.py %s; started again in %g s", why, pause)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), pause)
-            pause = min(2 * pause, longest_pause)
+            pause = min(2 * pause, CONSUMER_LONGEST_PAUSE)
 
     async def _run_once(self) -> str:
         """Returns why it runs no more."""
