@@ -996,14 +996,16 @@ class ConsumerProcess:
 # The worker
 
 PERFORMANCE = 100  # one session of cost 100 is one worker; 99.9 would be rounded up to one more
-PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; its drain takes 8 at most
+PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; it drains for 8 at most
 HEALTH_INTERVAL = 10.0  # seconds between two looks at a consumer that was well
 HEALTH_TIMEOUT = 10.0  # seconds for a look to be answered
 START_INTERVAL = 1.0  # seconds between two looks at a consumer that is still starting
 KEY_INTERVAL = 3.0  # seconds between two requests to a key server that is away
 CALLBACK_TIMEOUT = 10.0  # seconds for an on_close callback
-RELEASE_WAIT = 15.0  # seconds after which a request to the control server is answered with 504
-DRAIN = 7.0  # seconds from the signal to the exit, at most; Vast's supervisor kills after 10
+CONTROL_WAIT = 15.0  # seconds after which a request to the control server is answered with 504
+# Seconds from the signal until what is not done is left: the log takes LOG_FLUSH more, so that all
+# is over within 8. Vast's supervisor kills after 10.
+DRAIN = 7.0
 SIGNAL_ECHO = 1.0  # seconds in which one signal may come twice: from a wrapper, and its group
 
 
@@ -1080,6 +1082,7 @@ class NullWorker:
         async with aiohttp.ClientSession(timeout=timeout) as http:
             await self._become_ready(http)
             await wait_until(lambda: self.stage is Stage.READY)  # never, if it is broken by now
+            # Kept: the event loop alone would let it be collected.
             self._watching = asyncio.create_task(self._watch_health(http))
             # The framework marks the worker as loaded next, and would tell that up to 10 s later.
             self.framework.report_soon()
@@ -1176,6 +1179,7 @@ class NullWorker:
             return web.json_response(refusal.answer, status=refusal.status)
         response = await self.framework.handle(route, message, request)
         if route == LOOK and response.status == 200 and message.get("wait"):
+            # Open still: the answer is the framework's, once the session has ended or time is up.
             session_id = message["session_id"]
             await wait_until(lambda: not self.framework.session(session_id), message["wait"])
             return await self.framework.handle(route, message, request)
@@ -1268,9 +1272,9 @@ class NullWorker:
     ) -> Answer:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return future.result(RELEASE_WAIT + wait)
+            return future.result(CONTROL_WAIT + wait)
         except concurrent.futures.TimeoutError:
-            return Answer(504, {"reason": f"{path} took over {RELEASE_WAIT:g} s, and goes on"})
+            return Answer(504, {"reason": f"{path} took over {CONTROL_WAIT:g} s, and goes on"})
 
     def health_stub(self, _: None) -> Answer:
         """The health of a consumer that has none of its own. It touches no event loop."""
@@ -1331,9 +1335,10 @@ class NullWorker:
         """
         signals.recv(1)
         first_at = time.monotonic()
+        deadline = first_at + DRAIN
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop)
-        while time.monotonic() < first_at + DRAIN:
-            signals.settimeout(max(first_at + DRAIN - time.monotonic(), 0.01))
+        while time.monotonic() < deadline:
+            signals.settimeout(max(deadline - time.monotonic(), 0.01))
             with contextlib.suppress(TimeoutError):
                 (number,) = signals.recv(1)
                 if time.monotonic() > first_at + SIGNAL_ECHO:
@@ -1348,7 +1353,8 @@ class NullWorker:
             self._next_step("the end of null_consumer.py")
             await self._consumer.end()
         session = self.framework.session()
-        self._next_step(f"the on_close callbacks of session={session and session.session_id}")
+        session_id = None if session is None else session.session_id
+        self._next_step(f"the on_close callbacks of session={session_id}")
         await self.release(None)
         await wait_until(lambda: not self._callbacks)
         self._next_step("the last report to the autoscaler")

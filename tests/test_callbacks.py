@@ -138,7 +138,7 @@ async def test_a_relative_callback_goes_to_the_consumer(vast):
 async def test_a_release_that_takes_too_long_says_so_and_the_worker_is_free(vast, tmp_path):
     callbacks = Callbacks(hang=True)
     async with server(callbacks.route) as origin:
-        worker = await fresh(vast, script=driver(tmp_path, "null_worker.RELEASE_WAIT = 1"))
+        worker = await fresh(vast, script=driver(tmp_path, "null_worker.CONTROL_WAIT = 1"))
         # It may wait as long as it asked for.
         assert await lease(worker, "?wait=2.5") == {"session_id": None}
         await create(vast, worker, on_close_route=f"{origin}/closed")
