@@ -194,18 +194,19 @@ def test_a_route_of_the_control_server_without_a_function_is_not_found(path):
 
 async def test_no_route_but_release_ends_a_session(vast, tmp_path):
     """Nor does one that is in the table and has no function: it is not found."""
-    add = 'null_worker.CONTROL_ROUTES["/version"] = null_worker.CONTROL_ROUTES["/release"]'
+    unwritten = "/has-no-function"
+    add = f'null_worker.CONTROL_ROUTES["{unwritten}"] = null_worker.CONTROL_ROUTES["/release"]'
     worker = await fresh(vast, script=driver(tmp_path, add))
     session_id = await create(vast, worker)
     values = {"wait": 0, "session_id": session_id, "reason": "none"}
-    for path, route in {**CONTROL_ROUTES, "/version": CONTROL_ROUTES["/release"]}.items():
+    for path, route in {**CONTROL_ROUTES, unwritten: CONTROL_ROUTES["/release"]}.items():
         if path == "/release":
             continue
         name = route.parameter and route.parameter.name
         query = f"?{name}={values[name]}" if name else ""
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
             expected = 200 if method in route.methods else 405
-            if path == "/version":
+            if path == unwritten:
                 expected = 404
             status, _, _ = await request(method, f"{worker.control_url}{path}{query}")
             assert status == expected, (method, path)
