@@ -35,13 +35,9 @@ def version_of_vastai():
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
-pytestmark = [
-    pytest.mark.skipif(
-        version_of_vastai() < (1, 9), reason="the README's lines are for vastai 1.9 and later"
-    ),
-    # Until the README has its new section.
-    pytest.mark.skipif("create template" not in README.read_text(), reason="no such lines yet"),
-]
+pytestmark = pytest.mark.skipif(
+    version_of_vastai() < (1, 9), reason="the README's lines are for vastai 1.9 and later"
+)
 
 
 def deploying():
@@ -114,7 +110,7 @@ def run_lines(folder):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
     finally:
