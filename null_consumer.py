@@ -205,6 +205,13 @@ def read_all(descriptor: int) -> bytes | None:
     return received
 
 
+def close_all(descriptors: Collection[int]) -> None:
+    """Those of them that were opened: -1 is none."""
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
 # The control server
 
 
@@ -222,20 +229,26 @@ class Exchange:
             f"{method} {target} HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 0\r\n\r\n"
         ).encode()
         self._received = b""
-        self._socket = socket.socket()
+        self._socket: socket.socket | None = None
+        try:
+            self._socket = socket.socket()
+        except OSError as error:  # too many open files
+            self.problem = str(error)
+            self.close()
+            return
         self._socket.setblocking(False)
         self._socket.connect_ex(("127.0.0.1", port))  # directly, whatever http_proxy says
 
     def descriptors(self) -> Mapping[int, int]:
-        if self.done:
+        if self._socket is None:
             return {}
         return {self._socket.fileno(): select.POLLOUT if self._unsent else select.POLLIN}
 
     def step(self) -> None:
-        if self.done:
+        if self._socket is None:
             return
         try:
-            self._go_on()
+            self._go_on(self._socket)
         except BlockingIOError:
             if time.monotonic() >= self.due:
                 self.problem = f"no answer within {self.due - self.sent_at:g} s"
@@ -244,10 +257,10 @@ class Exchange:
             self.problem = str(error)
             self.close()
 
-    def _go_on(self) -> None:
+    def _go_on(self, connection: socket.socket) -> None:
         while self._unsent:
-            self._unsent = self._unsent[self._socket.send(self._unsent) :]
-        while received := self._socket.recv(LONGEST_ANSWER):
+            self._unsent = self._unsent[connection.send(self._unsent) :]
+        while received := connection.recv(LONGEST_ANSWER):
             self._received += received
             if len(self._received) > LONGEST_ANSWER:
                 raise ValueError(f"an answer of over {LONGEST_ANSWER} bytes")
@@ -257,7 +270,9 @@ class Exchange:
     def close(self) -> None:
         self.done = True
         self.due = math.inf
-        self._socket.close()
+        if self._socket:
+            self._socket.close()
+            self._socket = None
 
 
 def parse_answer(received: bytes) -> dict[str, Any]:
@@ -554,18 +569,22 @@ class Run:
         self._received = b""
         self._nothing_left = False
         self._orphans: Family | None = None  # COMMAND's family, when the guard has been killed
-        self._reports, reports = os.pipe()
-        orders, self._orders = os.pipe()
-        os.set_blocking(self._reports, False)
-        os.set_blocking(orders, False)
+        self._reports, self._orders = -1, -1
         self._guard = -1
+        theirs = []
         try:
+            self._reports, reports = os.pipe()
+            theirs.append(reports)
+            orders, self._orders = os.pipe()
+            theirs.append(orders)
+            os.set_blocking(self._reports, False)
+            os.set_blocking(orders, False)
             self._guard = self._fork(program, orders, reports, lock)
         except OSError as error:
             self.failure = f"can't be started: {error}"
             self._close()
-        os.close(reports)
-        os.close(orders)
+        finally:
+            close_all(theirs)
 
     def _fork(self, program: Program, orders: int, reports: int, lock: int) -> int:
         # A signal that came before the guard ignores it would count as one to the wrapper.
@@ -593,6 +612,8 @@ class Run:
         if order <= self.order:
             return
         self.order = order
+        if self.done:
+            return
         with contextlib.suppress(BrokenPipeError):
             os.write(self._orders, bytes([order]))
         if self._orphans:
@@ -649,8 +670,7 @@ class Run:
         self.done = True
         self.ended = True
         self.guards.discard(self._guard)
-        os.close(self._orders)
-        os.close(self._reports)
+        close_all((self._orders, self._reports))
         if self._guard > 0:
             with contextlib.suppress(ChildProcessError):  # reaped with the orphans
                 os.waitpid(self._guard, 0)
@@ -826,18 +846,27 @@ class Look:
     """One run of --empty's COMMAND. A Part."""
 
     def __init__(self, line: str, environment: Mapping[str, str], lock: int) -> None:
+        """Raises OSError."""
         self.waiting: int | None = None  # None: no valid answer, and then:
         self.problem = ""
         self._give_up_at = time.monotonic() + EMPTY_WAIT
         self._answered = False
         # Read when it has ended: what doesn't fit into a pipe is no number.
-        self._output, output = os.pipe()
-        self._errors, errors = os.pipe()
-        os.set_blocking(self._output, False)
-        os.set_blocking(self._errors, False)
-        self._run = Run(Program(["sh", "-c", line], environment, 0.0, output, errors), lock)
-        os.close(output)
-        os.close(errors)
+        self._output, self._errors = -1, -1
+        theirs = []
+        try:
+            self._output, output = os.pipe()
+            theirs.append(output)
+            self._errors, errors = os.pipe()
+            theirs.append(errors)
+            os.set_blocking(self._output, False)
+            os.set_blocking(self._errors, False)
+            self._run = Run(Program(["sh", "-c", line], environment, 0.0, output, errors), lock)
+        except OSError:
+            close_all((self._output, self._errors))
+            raise
+        finally:
+            close_all(theirs)
 
     @property
     def done(self) -> bool:
@@ -922,25 +951,29 @@ class Waiting:
 
     def step(self) -> None:
         if self._look is None and time.monotonic() >= self._next_at:
-            self._look = self._start_look()
+            try:
+                self._look = self._start_look()
+            except OSError as error:
+                self._take(None, f"can't be started: {error}")
         if self._look:
             self._look.step()
             if self._look.done:
-                self._take(self._look)
+                self._take(self._look.waiting, self._look.problem)
                 self._look = None
 
-    def _take(self, look: Look) -> None:
+    def _take(self, waiting: int | None, problem: str) -> None:
+        """The answer of a look."""
         self._next_at = math.inf
         if self._regularly:
             self._next_at = time.monotonic() + EMPTY_EVERY
-        self.latest = look.waiting
-        if look.waiting == 0:
+        self.latest = waiting
+        if waiting == 0:
             self.zeros += 1
-        elif look.waiting is not None:
+        elif waiting is not None:
             self.zeros = 0
-        if look.problem and not self._problem_told:
-            say(f"--empty's COMMAND changes nothing now: {look.problem}")
-        self._problem_told = bool(look.problem)
+        if problem and not self._problem_told:
+            say(f"--empty's COMMAND changes nothing now: {problem}")
+        self._problem_told = bool(problem)
 
 
 # The loop

@@ -1,8 +1,10 @@
 """null_consumer.py when COMMAND fails: pauses, and a worker that is reported as broken."""
 
 import asyncio
+import contextlib
 import time
 
+import psutil
 import pytest
 
 from tests.consumer import consumer, driver, held
@@ -88,6 +90,73 @@ async def test_nothing_but_failures_for_so_long_is_a_broken_worker(vast, tmp_pat
         await eventually(lambda: "the consumer failed 3 times" in worker.report["error_msg"])
         assert await create(vast, worker, expected=503)
     await eventually(lambda: worker.number not in vast.workers)
+
+
+async def test_it_goes_on_when_for_a_moment_nothing_can_be_opened(vast, worker, tmp_path):
+    line = "until test -e enough; do sleep 0.1; done"
+    async with consumer(worker, tmp_path, command=line) as running:
+        session_id = await create(vast, worker)
+        await eventually(running.family)
+        with nothing_can_be_opened(running):
+            await asyncio.sleep(2.5)
+        assert await held(worker, session_id)
+        (tmp_path / "enough").touch()
+        await running.until_said(f"released session={session_id}")
+        assert not running.said("failed")
+
+
+async def test_that_nothing_can_be_opened_is_a_failure_like_any_other(vast, worker, tmp_path):
+    async with consumer(worker, tmp_path, command="true") as running:
+        await serve(vast, worker, running, 1)
+        await asyncio.sleep(0.5)  # it waits for the next one
+        with nothing_can_be_opened(running):
+            session_id = await create(vast, worker)
+            await running.until_said("COMMAND failed: can't be started: [Errno 24]")
+        await running.until_said(f"released session={session_id}")
+        await serve(vast, worker, running, 1)
+
+
+async def test_a_look_at_the_jobs_that_cannot_be_started_changes_nothing(vast, worker, tmp_path):
+    script = driver(
+        tmp_path,
+        "import errno, os",
+        "fork, calls = os.fork, []",
+        "def fork_once():",
+        "    calls.append(1)",
+        "    if len(calls) == 2:",
+        "        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))",
+        "    return fork()",
+        "os.fork = fork_once",
+    )
+    options = ("--empty", "echo 0")
+    async with consumer(worker, tmp_path, *options, command="true", script=script) as running:
+        await serve(vast, worker, running, 1)
+        (line,) = running.said("--empty's COMMAND changes nothing now")
+        assert "can't be started: [Errno 11]" in line
+        await serve(vast, worker, running, 1)
+
+
+async def test_nor_does_one_for_which_nothing_can_be_opened(vast, worker, tmp_path):
+    line = "until test -e enough; do sleep 0.1; done"
+    async with consumer(worker, tmp_path, "--empty", "echo 0", command=line) as running:
+        session_id = await create(vast, worker)
+        await eventually(running.family)
+        with nothing_can_be_opened(running):
+            (tmp_path / "enough").touch()
+            await running.until_said("--empty's COMMAND changes nothing now: can't be started")
+        await running.until_said(f"released session={session_id}")
+
+
+@contextlib.contextmanager
+def nothing_can_be_opened(running):
+    """For the wrapper, as when the machine's table of files is full."""
+    wrapper = psutil.Process(running.process.pid)
+    before = wrapper.rlimit(psutil.RLIMIT_NOFILE)
+    wrapper.rlimit(psutil.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        yield
+    finally:
+        wrapper.rlimit(psutil.RLIMIT_NOFILE, before)
 
 
 async def test_0_seconds_of_failures_are_no_broken_worker(vast, worker, tmp_path):
