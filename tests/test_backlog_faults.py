@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import fcntl
 import re
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -61,7 +63,7 @@ class Watch:
 
 
 async def test_a_dispatcher_that_is_killed_again_and_again_reserves_nothing_twice(files):
-    files.put(50, 1)
+    files.put(400, 1)
     folder = HERE / "examples" / "files"
     options = ("--backlog", f"{folder}/backlog", "--max", "2", "--every", "1")
     consumer = {"NULL_CONSUMER": f"{folder}/consumer", "JOBS": files.environment["JOBS"]}
@@ -84,12 +86,20 @@ async def test_a_dispatcher_that_is_killed_again_and_again_reserves_nothing_twic
         assert await dispatch(vast, signal.SIGTERM) == 128 + signal.SIGTERM
         # What is reserved goes on without a dispatcher.
         assert await two_are_reserved(vast)
+        withdraw_those_that_wait(files)
         await eventually(lambda: files.backlog() == (0, 0))
         await eventually(lambda: not any(w.report["cur_load"] for w in vast.workers.values()))
     assert (watch.most, len(watch.sessions)) == (2, 2)
     results = files.results()
-    assert len(results) == 50
+    assert len(results) > 10
     assert all(" try 1 " in line for line in results)
+
+
+def withdraw_those_that_wait(files):
+    for path in Path(files.environment["JOBS"]).glob("*.job"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), path.open() as job:
+            fcntl.flock(job, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def test_whatever_dies_all_jobs_are_done_with_one_reservation_more_for_each(files, tmp_path):
