@@ -169,6 +169,115 @@ def _is_number(value: object) -> TypeGuard[float]:
     return abs(value) < 1e12
 
 
+class _Undisturbed(asyncio.Task[Any]):
+    """A task that only its owner ends: asyncio.run() cancels all that it finds, clean-ups too.
+
+    No time-out of asyncio's or aiohttp's works inside it: they cancel.
+    """
+
+    def cancel(self, msg: object = None) -> bool:
+        return False
+
+    async def settle(self, seconds: float) -> Any:
+        """Its result; None when it had none within so long, and was ended.
+
+        For clean-ups, which nobody cancels.
+        """
+        await asyncio.wait({self}, timeout=seconds)
+        super().cancel()
+        await asyncio.wait({self})
+        if self.cancelled():
+            return None
+        return self.result()
+
+
+async def _carry_through(task: _Undisturbed) -> None:
+    """Await a clean-up that is bounded in time. A cancellation meanwhile takes effect after it."""
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
+
+
+class _PerLoop:
+    """What all reservations of one event loop share, while there are any."""
+
+    _of: ClassVar[dict[asyncio.AbstractEventLoop, _PerLoop]] = {}
+
+    def __init__(self) -> None:
+        self.users = 0
+        # Not the SDK's own session: that belongs to the loop in which its client was opened.
+        self.http = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        self.certificate = asyncio.Lock()  # the first one downloads it, for all
+        self.fetching_key = asyncio.Lock()
+        self.key_fetched_at: dict[Endpoint, float] = {}
+        self.closing = asyncio.Semaphore(CLOSING)
+        self.waiting = 0
+        self._front = asyncio.Semaphore(FRONT)
+        self._pace = asyncio.Lock()
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def entered(cls) -> AsyncIterator[_PerLoop]:
+        """The running loop's, for the length of the block."""
+        loop = asyncio.get_running_loop()
+        shared = cls._of.get(loop)
+        if shared is None:
+            shared = cls._of[loop] = cls()
+        shared.users += 1
+        try:
+            yield shared
+        finally:
+            shared.users -= 1
+            if shared.users == 0:
+                del cls._of[loop]
+                await _carry_through(_Undisturbed(shared.http.close()))
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[asyncio.Task[bool]]:
+        """A place among those who wait, first come first served: it is done once it is in front."""
+        self.waiting += 1
+        place = asyncio.create_task(self._front.acquire())
+        try:
+            yield place
+        finally:
+            self.waiting -= 1
+            if place.done() and not place.cancelled():
+                # Who is next polls at once, so that is not to be before this one's next poll.
+                asyncio.get_running_loop().call_later(1.0, self._front.release)
+            place.cancel()
+
+    async def turn(self, place: asyncio.Task[bool], seconds: float) -> None:
+        """Wait until a poll may be made, so long at most: those behind share a rate."""
+        if place.done():
+            return
+        slot = asyncio.create_task(self._slot())
+        try:
+            first = asyncio.FIRST_COMPLETED
+            await asyncio.wait({place, slot}, timeout=seconds, return_when=first)
+        finally:
+            slot.cancel()
+
+    async def _slot(self) -> None:
+        """One after the other. Who has left takes no time of those who come after."""
+        async with self._pace:
+            await asyncio.sleep(1 / POLL_RATE)
+
+
+def _require_names(owner: object, *names: str) -> None:
+    """Raises NotReserved for the first that is missing."""
+    for name in names:
+        if not hasattr(owner, name):
+            raise NotReserved(
+                f"this vastai-sdk is not known to work (no {name!r}); 1.3 up to below 2 is"
+            )
+
+
 class _Vast:
     """The SDK's names that it doesn't promise, under plain ones, and Vast's routes behind them.
 
@@ -257,115 +366,6 @@ class _Vast:
             self._endpoint.last_refresh = time.time()
 
 
-def _require_names(owner: object, *names: str) -> None:
-    """Raises NotReserved for the first that is missing."""
-    for name in names:
-        if not hasattr(owner, name):
-            raise NotReserved(
-                f"this vastai-sdk is not known to work (no {name!r}); 1.3 up to below 2 is"
-            )
-
-
-class _PerLoop:
-    """What all reservations of one event loop share, while there are any."""
-
-    _of: ClassVar[dict[asyncio.AbstractEventLoop, _PerLoop]] = {}
-
-    def __init__(self) -> None:
-        self.users = 0
-        # Not the SDK's own session: that belongs to the loop in which its client was opened.
-        self.http = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
-        self.certificate = asyncio.Lock()  # the first one downloads it, for all
-        self.fetching_key = asyncio.Lock()
-        self.key_fetched_at: dict[Endpoint, float] = {}
-        self.closing = asyncio.Semaphore(CLOSING)
-        self.waiting = 0
-        self._front = asyncio.Semaphore(FRONT)
-        self._pace = asyncio.Lock()
-
-    @classmethod
-    @contextlib.asynccontextmanager
-    async def entered(cls) -> AsyncIterator[_PerLoop]:
-        """The running loop's, for the length of the block."""
-        loop = asyncio.get_running_loop()
-        shared = cls._of.get(loop)
-        if shared is None:
-            shared = cls._of[loop] = cls()
-        shared.users += 1
-        try:
-            yield shared
-        finally:
-            shared.users -= 1
-            if shared.users == 0:
-                del cls._of[loop]
-                await _carry_through(_Undisturbed(shared.http.close()))
-
-    @contextlib.contextmanager
-    def place(self) -> Iterator[asyncio.Task[bool]]:
-        """A place among those who wait, first come first served: it is done once it is in front."""
-        self.waiting += 1
-        place = asyncio.create_task(self._front.acquire())
-        try:
-            yield place
-        finally:
-            self.waiting -= 1
-            if place.done() and not place.cancelled():
-                # Who is next polls at once, so that is not to be before this one's next poll.
-                asyncio.get_running_loop().call_later(1.0, self._front.release)
-            place.cancel()
-
-    async def turn(self, place: asyncio.Task[bool], seconds: float) -> None:
-        """Wait until a poll may be made, so long at most: those behind share a rate."""
-        if place.done():
-            return
-        slot = asyncio.create_task(self._slot())
-        try:
-            first = asyncio.FIRST_COMPLETED
-            await asyncio.wait({place, slot}, timeout=seconds, return_when=first)
-        finally:
-            slot.cancel()
-
-    async def _slot(self) -> None:
-        """One after the other. Who has left takes no time of those who come after."""
-        async with self._pace:
-            await asyncio.sleep(1 / POLL_RATE)
-
-
-class _Undisturbed(asyncio.Task[Any]):
-    """A task that only its owner ends: asyncio.run() cancels all that it finds, clean-ups too.
-
-    No time-out of asyncio's or aiohttp's works inside it: they cancel.
-    """
-
-    def cancel(self, msg: object = None) -> bool:
-        return False
-
-    async def settle(self, seconds: float) -> Any:
-        """Its result; None when it had none within so long, and was ended.
-
-        For clean-ups, which nobody cancels.
-        """
-        await asyncio.wait({self}, timeout=seconds)
-        super().cancel()
-        await asyncio.wait({self})
-        if self.cancelled():
-            return None
-        return self.result()
-
-
-async def _carry_through(task: _Undisturbed) -> None:
-    """Await a clean-up that is bounded in time. A cancellation meanwhile takes effect after it."""
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    task.result()
-
-
 async def _end_session(http: aiohttp.ClientSession, url: str, session: JSON) -> bool:
     """Tell the worker to end a session, again and again for CLOSE_TIMEOUT; whether it is gone.
 
@@ -381,6 +381,20 @@ async def _end_session(http: aiohttp.ClientSession, url: str, session: JSON) -> 
         if answer is not None and (answer.says_gone or answer.fields.get("ended") is True):
             return True
         await asyncio.sleep(0.2)
+
+
+def keep_alive_due(time_to_live: float, lifetime: float) -> float:
+    """Seconds until the next keep-alive.
+
+    One adds a lifetime to what is left, so it waits for the last half of one: the time to live then
+    stays between half a lifetime and one and a half.
+    """
+    return time_to_live - lifetime / 2
+
+
+def _date(moment: float) -> str:
+    """Of a time by time.time(), for a person."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
 class Reservation:
@@ -563,70 +577,6 @@ class Reservation:
         return await _request(self._http, "POST", self.url + route, timeout, json=body)
 
 
-def keep_alive_due(time_to_live: float, lifetime: float) -> float:
-    """Seconds until the next keep-alive.
-
-    One adds a lifetime to what is left, so it waits for the last half of one: the time to live then
-    stays between half a lifetime and one and a half.
-    """
-    return time_to_live - lifetime / 2
-
-
-def _date(moment: float) -> str:
-    """Of a time by time.time(), for a person."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
-
-
-@contextlib.asynccontextmanager
-async def reserve(
-    endpoint: Endpoint,
-    cost: float = 100,
-    lifetime: float = 120,
-    wait: float = 1800,
-    on_close_route: str | None = None,
-    on_close_payload: dict[str, Any] | None = None,
-    *,
-    on_trouble: Callable[[str], object] = lambda _: None,
-) -> AsyncIterator[Reservation]:
-    """Reserve a worker of the endpoint for the length of the block, and keep the session alive.
-
-    `cost` is the load that the reservation reports; 100 is one worker. `lifetime` is how many
-    seconds the worker keeps it without a keep-alive, 30 days at most; a dispatcher that dies frees
-    its worker within 1.5 lifetimes plus 5 s. `wait` is how many seconds to wait for a worker. When
-    the session ends the worker POSTs `on_close_payload` to `on_close_route`, a URL or a path on the
-    consumer. `on_trouble` is told why the last try to get a worker failed, and "" when there is no
-    trouble any more; what it raises comes out of here.
-
-    Raises NotReserved; Refused, one of these, where the autoscaler refuses; ValueError for a
-    lifetime out of bounds; TypeError for what JSON can't hold.
-    """
-    payload = {
-        "lifetime": lifetime,
-        "on_close_route": on_close_route,
-        "on_close_payload": on_close_payload,
-    }
-    _check_lifetime(lifetime)
-    try:
-        json.dumps([cost, payload], allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"not to be sent as JSON: {error}") from error
-    async with _PerLoop.entered() as shared:
-        request = _Request(_Vast(endpoint, shared), shared, cost, payload)
-        reservation = await request.wait(wait, on_trouble)
-        try:
-            yield reservation
-        finally:
-            await _carry_through(_Undisturbed(reservation._leave()))
-
-
-def _check_lifetime(lifetime: object) -> None:
-    if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)):
-        raise TypeError(f"lifetime is {lifetime!r}: it should be a number of seconds")
-    if not 0 < lifetime <= MAX_LIFETIME:  # nor is NaN
-        bounds = f"over 0 and at most {MAX_LIFETIME} seconds (30 days)"
-        raise ValueError(f"lifetime is {lifetime!r}: it should be {bounds}")
-
-
 def poll_pause(failures: int) -> float:
     """Seconds until the next poll, after so many failures in a row: 1, 1, 2, 4, 5, 5 ..."""
     doublings = min(max(0, failures - 1), 3)
@@ -747,6 +697,56 @@ class _Request:
             async with self._shared.closing:
                 await _end_session(http, url, session)
         await http.close()
+
+
+def _check_lifetime(lifetime: object) -> None:
+    if isinstance(lifetime, bool) or not isinstance(lifetime, (int, float)):
+        raise TypeError(f"lifetime is {lifetime!r}: it should be a number of seconds")
+    if not 0 < lifetime <= MAX_LIFETIME:  # nor is NaN
+        bounds = f"over 0 and at most {MAX_LIFETIME} seconds (30 days)"
+        raise ValueError(f"lifetime is {lifetime!r}: it should be {bounds}")
+
+
+@contextlib.asynccontextmanager
+async def reserve(
+    endpoint: Endpoint,
+    cost: float = 100,
+    lifetime: float = 120,
+    wait: float = 1800,
+    on_close_route: str | None = None,
+    on_close_payload: dict[str, Any] | None = None,
+    *,
+    on_trouble: Callable[[str], object] = lambda _: None,
+) -> AsyncIterator[Reservation]:
+    """Reserve a worker of the endpoint for the length of the block, and keep the session alive.
+
+    `cost` is the load that the reservation reports; 100 is one worker. `lifetime` is how many
+    seconds the worker keeps it without a keep-alive, 30 days at most; a dispatcher that dies frees
+    its worker within 1.5 lifetimes plus 5 s. `wait` is how many seconds to wait for a worker. When
+    the session ends the worker POSTs `on_close_payload` to `on_close_route`, a URL or a path on the
+    consumer. `on_trouble` is told why the last try to get a worker failed, and "" when there is no
+    trouble any more; what it raises comes out of here.
+
+    Raises NotReserved; Refused, one of these, where the autoscaler refuses; ValueError for a
+    lifetime out of bounds; TypeError for what JSON can't hold.
+    """
+    payload = {
+        "lifetime": lifetime,
+        "on_close_route": on_close_route,
+        "on_close_payload": on_close_payload,
+    }
+    _check_lifetime(lifetime)
+    try:
+        json.dumps([cost, payload], allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"not to be sent as JSON: {error}") from error
+    async with _PerLoop.entered() as shared:
+        request = _Request(_Vast(endpoint, shared), shared, cost, payload)
+        reservation = await request.wait(wait, on_trouble)
+        try:
+            yield reservation
+        finally:
+            await _carry_through(_Undisturbed(reservation._leave()))
 
 
 class Jobs(NamedTuple):
