@@ -178,7 +178,7 @@ class _Undisturbed(asyncio.Task[Any]):
     def cancel(self, msg: object = None) -> bool:
         return False
 
-    async def settle(self, seconds: float) -> Any:
+    async def result_within(self, seconds: float) -> Any:
         """Its result; None when it had none within so long, and was ended.
 
         For clean-ups, which nobody cancels.
@@ -377,7 +377,7 @@ async def _end_session(http: aiohttp.ClientSession, url: str, session: JSON) -> 
         if left <= 0:
             return False
         asking = _Undisturbed(_request(http, "POST", f"{url}/session/end", None, json=session))
-        answer = await asking.settle(min(left, CLOSE_TRY))
+        answer = await asking.result_within(min(left, CLOSE_TRY))
         if answer is not None and (answer.says_gone or answer.fields.get("ended") is True):
             return True
         await asyncio.sleep(0.2)
@@ -422,7 +422,7 @@ class Reservation:
         self._clocks_differ_by = self._expires - created.fields["expiration"]
         self._no_keep_alive_before = 0.0
         self._refusals = 0  # of its port, in a row
-        self._worker_waits = True
+        self._worker_waits = True  # with the answer to a look, for as long as it is asked to
         self._handed_over = False
         self._closing: _Undisturbed | None = None
         self._open = True  # the worker still has it, as far as we know
@@ -505,6 +505,7 @@ class Reservation:
         if look.says_gone:
             self._gone()
         elif look.status == 200 and _is_number(expiration):
+            # One that answers at once, while nothing has happened, doesn't wait.
             self._worker_waits = now - look.asked_at >= min(wait, PAUSE) / 2
             self._expires = expiration + self._clocks_differ_by
             self._refusals = 0
@@ -525,14 +526,14 @@ class Reservation:
     def _keeper_is_done(self, keeper: asyncio.Task[None]) -> None:
         """Whoever waits for the end must not wait for ever, should the keeper have failed."""
         if not keeper.cancelled() and keeper.exception() is not None:
-            self._tell(keeper.exception())
+            self._set_ended(keeper.exception())
 
     def _gone(self, failure: BaseException | None = None) -> None:
         """The worker has it no more; or, with a failure, there is nobody to ask."""
         self._open = False
-        self._tell(failure)
+        self._set_ended(failure)
 
-    def _tell(self, failure: BaseException | None) -> None:
+    def _set_ended(self, failure: BaseException | None) -> None:
         """Whoever waits in ended() is told."""
         if not self._ended.done():
             self._failure = failure
@@ -542,7 +543,8 @@ class Reservation:
         """The block has ended."""
         if self._handed_over and self._closing is None:
             await self._stop_keeping()
-            self._tell(ReservationError("the block has ended, and the consumer holds the session"))
+            why = "the block has ended, and the consumer holds the session"
+            self._set_ended(ReservationError(why))
         else:
             await asyncio.wait({self._begin_closing()})
         await self._http.close()
@@ -562,10 +564,8 @@ class Reservation:
             closed = await _end_session(self._http, self.url, session)
         if not closed:
             until = _date(time.time() + self.time_to_live + SWEEP)
-            log.warning(
-                "not closed session=%s: %s stays reserved until %s",
-                *(self.session_id, self.url, until),
-            )
+            stays = f"{self.url} stays reserved until {until}"
+            log.warning("not closed session=%s: %s", self.session_id, stays)
         self._gone()
 
     async def _stop_keeping(self) -> None:
@@ -635,9 +635,11 @@ class _Request:
         if _is_number(index) and index:  # an answer may lack it: a new request would be more load
             self._index = index
         url = answer.fields.get("url")
-        if url is not None and not isinstance(url, str):
+        if url is None:
+            return None
+        if not isinstance(url, str):
             raise _TryAgain(f"the autoscaler answers {answer}")
-        return answer.fields if url is not None else None
+        return answer.fields
 
     async def _create(self, auth_data: JSON) -> Reservation:
         """Open a session on the worker that the router has named. Raises _TryAgain, NotReserved.
@@ -688,7 +690,7 @@ class _Request:
     ) -> None:
         """Nobody wants the session any more that may have been created."""
         url = auth_data["url"]
-        created = await creating.settle(CLOSE_TIMEOUT - 0.5)
+        created = await creating.result_within(CLOSE_TIMEOUT - 0.5)
         if created is None:
             until = _date(time.time() + self._payload["lifetime"] + SWEEP)
             log.warning("no answer to a create: %s may stay reserved until %s", url, until)
@@ -1568,9 +1570,8 @@ def vast_client(instance: str) -> Any:
     from vastai import Serverless, VastAI
 
     try:
-        key = (
-            VastAI().client.api_key
-        )  # from the environment, or where `vastai set api-key` saved it
+        # From the environment, or where `vastai set api-key` saved it.
+        key = VastAI().client.api_key
     except RuntimeError:
         text = "no API key: set VAST_API_KEY, or: vastai set api-key KEY"
         raise argparse.ArgumentError(None, text) from None
