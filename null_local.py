@@ -75,6 +75,7 @@ TAIL = 1 << 16  # bytes of a file that are read at once
 LONGEST_LINE = 1000  # characters of a line that is quoted
 QUOTED = 5  # last lines of what a COMMAND wrote that failed
 GIVE_UP = 3  # workers in a row that ended before they were ready
+GIVEN_UP_FOR = 20.0  # seconds after the last of them, then another is tried: a disk was full, say
 PREFIX = "null-vast-"  # of the folder in the temporary directory
 
 log = logging.getLogger("null_local")
@@ -294,6 +295,7 @@ class LocalEndpoint:
         self.waiting: dict[int, float] = {}  # request index to when its place is lost, in order
         self.polled_at: dict[int, float] = {}  # request index to when it was last asked for
         self.failed_starts: list[str] = []  # why, of each since a worker was last ready
+        self.given_up_until = 0.0
 
         # The record
         self.reports: list[dict[str, Any]] = []  # each worker_status, with "received" (monotonic)
@@ -660,6 +662,7 @@ class Instances:
         if not worker.was_ready:
             reported = worker.report.get("error_msg")
             self._endpoint.failed_starts.append(reported or why)
+            self._endpoint.given_up_until = time.monotonic() + GIVEN_UP_FOR
         self._endpoint.tell(f"worker {worker.number} {why}")
 
     async def stop(self) -> None:
@@ -753,7 +756,8 @@ class Router:
             return refusal(401, "invalid API key")
         if query["endpoint"] != endpoint.endpoint_name:
             return refusal(404, f"no endpoint {query['endpoint']!r}")
-        if len(endpoint.failed_starts) >= GIVE_UP:
+        given_up = len(endpoint.failed_starts) >= GIVE_UP
+        if given_up and time.monotonic() < endpoint.given_up_until:
             why = endpoint.failed_starts[-1]
             return refusal(409, f"{GIVE_UP} workers in a row failed to start; the last one: {why}")
 

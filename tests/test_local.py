@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import null_local
 from null_client import NotReserved, reserve
 from null_local import LocalVast, hold_port
 from tests.command import Command
@@ -99,6 +100,22 @@ async def test_workers_that_cannot_start_end_the_wait(environment, why):
             async with endpoint_of(vast) as endpoint, reserve(endpoint):
                 pass
     assert len([event for event in events if re.search(why, event)]) >= 3
+
+
+async def test_after_workers_that_could_not_start_another_is_tried_in_a_while(monkeypatch):
+    monkeypatch.setattr(null_local, "GIVEN_UP_FOR", 5.0)
+    environment = {"CONTAINER_ID": "x"}
+    async with (
+        LocalVast(control_port=None, environment=environment) as vast,
+        endpoint_of(vast) as endpoint,
+    ):
+        with pytest.raises(NotReserved, match="3 workers in a row failed to start"):
+            async with reserve(endpoint):
+                pass
+        del environment["CONTAINER_ID"]  # what was wrong is mended
+        await asyncio.sleep(5.0)
+        async with reserve(endpoint):
+            assert len(vast.failed_starts) == 0
 
 
 async def test_an_idle_worker_is_stopped_at_once_where_it_is_to_be_and_a_loading_one_is_not():
