@@ -448,12 +448,15 @@ def backlog_chart(history: list[tuple[float, int, int]], end: float, width: int)
     scale = width / max(end - begin, 0.001)  # columns in a second
     jobs = [0] * width
     reserved = [0] * width
-    for (moment, *numbers), (until, *_) in zip(history, [*history[1:], (end, 0, 0)], strict=True):
-        first = min(width - 1, int((moment - begin) * scale))
-        last = min(width - 1, int((until - begin) * scale))
-        for column in range(first, last + 1):
-            jobs[column] = max(jobs[column], numbers[0])
-            reserved[column] = max(reserved[column], numbers[1])
+
+    def column(moment: float) -> int:
+        return min(width - 1, int((moment - begin) * scale))
+
+    ends = [*(moment for moment, _, _ in history[1:]), end]  # each lasts until the next one
+    for (moment, jobs_then, reserved_then), until in zip(history, ends, strict=True):
+        for place in range(column(moment), column(until) + 1):
+            jobs[place] = max(jobs[place], jobs_then)
+            reserved[place] = max(reserved[place], reserved_then)
     axis = f"{'0 s':<{width - 8}}{f'{end - begin:.0f} s':>8}"
     lines = [*bars("jobs", jobs, JOBS_HEIGHT), *bars("reserved", reserved, RESERVED_HEIGHT)]
     return [*lines, " " * BACKLOG_MARGIN + axis]
