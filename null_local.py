@@ -572,7 +572,7 @@ class Instances:
         return held, ports
 
     async def _start(self, worker: LocalWorker, environment: dict[str, str], script: str) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(asyncio.TimeoutError):  # the delay is over
             await asyncio.wait_for(self._leaving.wait(), self._endpoint.start_delay)
         if self._leaving.is_set():
             return
@@ -593,12 +593,15 @@ class Instances:
         os.makedirs(worker.folder, exist_ok=True)
         certificate = os.path.join(self._folder.path, INSTANCE_FILE)
         program = (sys.executable, os.path.abspath(__file__), str(os.getpid()), script, certificate)
+        environment = self._environment_of(worker, environment)
+        if environment.get("NULL_CONSUMER"):
+            worker.consumer = ConsumerNews(worker.log, worker.output)
         output = os.open(worker.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             return await asyncio.create_subprocess_exec(
                 *program,
                 cwd=worker.folder,  # the framework keeps a file in the working directory
-                env=self._environment_of(worker, environment),
+                env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -625,7 +628,6 @@ class Instances:
         environment |= self._environment
         environment |= besides
         if environment.get("NULL_CONSUMER"):
-            worker.consumer = ConsumerNews(worker.log, worker.output)
             environment["NULL_CONSUMER"] = in_callers_place(
                 environment["NULL_CONSUMER"], environment, worker.output
             )
