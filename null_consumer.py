@@ -196,7 +196,10 @@ def turn(parts: Sequence[Part], until: float = math.inf) -> None:
 
 
 def read_all(descriptor: int) -> bytes | None:
-    """What can be read by now of one that doesn't block; None at its end."""
+    """What can be read by now of one that doesn't block; None at its end.
+
+    An end that comes right after some bytes is for the next call: these come first.
+    """
     received = b""
     with contextlib.suppress(BlockingIOError):
         while some := os.read(descriptor, LONGEST_ANSWER):
@@ -388,7 +391,7 @@ class Family:
                 if pid == self._command:
                     self._command = None
                     self.status = os.waitstatus_to_exitcode(status)
-            if self._spared:
+            if self._spared:  # while they live, waitpid() doesn't tell that no child is left
                 self.left = bool(self.members())
         except ChildProcessError:
             self.left = False
@@ -1168,7 +1171,7 @@ class Consumer:
             run.obey(self._order(lease, waiting))
             if waiting and (run.ended or run.order != Order.NONE):
                 waiting.stop()
-            parts: list[Part] = [run, self._next if lease.gone else lease]
+            parts: list[Part] = [run, self._renewal_beside(lease)]
             if waiting:
                 parts.append(waiting)
             self._turn(*parts)
@@ -1189,8 +1192,14 @@ class Consumer:
         while waiting.busy:
             if self._stop.now or lease.gone:
                 waiting.stop()
-            self._turn(waiting, self._next if lease.gone else lease)
+            self._turn(waiting, self._renewal_beside(lease))
         return waiting.latest
+
+    def _renewal_beside(self, lease: Renewal) -> Renewal:
+        """What is renewed meanwhile: the lease, and once that is gone whatever comes after it."""
+        if lease.gone:
+            return self._next
+        return lease
 
     # COMMAND takes the reservations itself
 
