@@ -107,7 +107,13 @@ class Settings(NamedTuple):
         name, empty = text("NULL_EMPTY", "")
         if empty and resident:
             raise SettingsError(f"{name} is {empty!r}, should not be set for a resident COMMAND")
-        return cls(control_port, grace, empty or None, resident, broken_after)
+        return cls(
+            control_port=control_port,
+            grace=grace,
+            empty=empty or None,
+            resident=resident,
+            broken_after=broken_after,
+        )
 
 
 def _port(name: str, text: str) -> int:

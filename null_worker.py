@@ -181,8 +181,15 @@ class Settings(NamedTuple):
         host = None
         if LOOPBACK.fullmatch(environment.values["PUBLIC_IPADDR"]):
             host = environment.values["PUBLIC_IPADDR"]
-        ports = (worker_port, http_port)
-        return cls(control_port, health_url, host, ports, start_timeout, unsecured, consumer)
+        return cls(
+            control_port=control_port,
+            health_url=health_url,
+            host=host,
+            ports=(worker_port, http_port),
+            start_timeout=start_timeout,
+            unsecured=unsecured,
+            consumer=consumer,
+        )
 
 
 # The door: what requests to the framework's ports must be like
