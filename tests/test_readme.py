@@ -1,11 +1,15 @@
 """What the README prints, run as printed but for where Vast and the virtual environment are."""
 
+import inspect
 import re
 import subprocess
 import sys
 
 import pytest
 
+import null_client
+import null_consumer
+import null_worker
 from tests.environment import BARE, HERE
 from tests.waiting import eventually
 from tests.worker import create, is_free, lease, release
@@ -40,6 +44,15 @@ def test_every_block_is_run_by_a_test(block):
 def test_what_the_readme_names_is_there():
     for path in re.findall(r"examples/[\w./-]+\w", README):
         assert (HERE / path).exists(), path
+
+
+def test_it_names_every_setting_route_and_parameter():
+    consumer = [f"NULL_{field.upper()}" for field in null_consumer.Settings._fields]
+    named = [*null_worker.DEFAULTS, *consumer, *null_worker.CONTROL_ROUTES]
+    assert [name for name in named if name not in README] == []
+    (parameters,) = re.findall(r"`reserve\((.+?)\)`", README)
+    for parameter in inspect.signature(null_client.reserve).parameters:
+        assert parameter in parameters, parameter
 
 
 def test_its_jobs_are_done_by_three_workers(tmp_path):
