@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from null_display import BacklogDisplay, Display, Screen
 
-LOOK = 30.0  # seconds that a look waits on the worker for the end of the session, at most
+LOOK_WAIT = 30.0  # seconds that a look waits on the worker for the end of the session, at most
 PAUSE = 2.0  # seconds between two looks at a worker that doesn't wait, or that can't be reached
 REQUEST_TIMEOUT = 10.0  # seconds for one request, at most
 REFUSALS = 5  # looks in a row at a port that refuses, after which the worker's process has ended
@@ -466,7 +466,7 @@ class Reservation:
         """Keep the session alive, and look at it, until the worker has it no more or is lost."""
         while self._open:
             due = self._keep_alive_due()
-            if due <= 0.05 and not self.unreachable:
+            if due <= 0.05 and not self.unreachable:  # a look before it would have no time to wait
                 await self._ping()
             else:
                 await self._look(due)
@@ -497,7 +497,7 @@ class Reservation:
         """Ask for the session. The worker answers when it has ended, or a keep-alive is due."""
         wait = 0.0
         if not self.unreachable:
-            wait = max(0.0, min(LOOK, self.lifetime / 4, keep_alive_due))
+            wait = max(0.0, min(LOOK_WAIT, self.lifetime / 4, keep_alive_due))
         timeout = wait + self._timeout
         look = await self._ask("/session/get", timeout, session_auth=self.auth_data, wait=wait)
         now = time.monotonic()
@@ -1642,6 +1642,7 @@ async def run(args: argparse.Namespace) -> int:
     command = asyncio.current_task()
 
     def close_all() -> None:
+        """On the first signal, when the display below is there."""
         if command is not None:
             command.cancel()
         display.live.stop()  # a second signal leaves the terminal as it finds it
