@@ -64,4 +64,4 @@ def test_sigterm_gives_the_job_back_at_once(url):
 
 
 def test_heartbeats_keep_others_off(url):
-    check_that_heartbeats_keep_others_off(Example("nats-go", NATS_URL=url, NATS_ACK_WAIT="2"))
+    check_that_heartbeats_keep_others_off(Example("nats-go", NATS_URL=url, NATS_ACK_WAIT="5"))
