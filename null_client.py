@@ -1479,6 +1479,14 @@ INSTANCES = "prod, alpha, candidate, local"
 WEEK = 7 * 86400
 
 
+# Flags that would change nothing without another one: `--max 20` alone reserves one worker.
+ONLY_WITH = {
+    "demo": ("interval", "plateau", "count"),
+    "backlog": ("max", "jobs_per_worker", "every", "settle", "once"),
+}
+NOT_WITH = {"demo": ("hold",), "backlog": ("hold", "wait")}
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="null_client.py", description="Reserve workers of a Vast endpoint."
@@ -1532,7 +1540,23 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("argument --endpoint: needed, or $VAST_ENDPOINT, or --local")
     if args.backlog is not None and args.max is None:
         parser.error("argument --max: needed with --backlog: how many reservations at most")
+    # Attributes that are there are not given their defaults: those that are left are not given.
+    none = argparse.Namespace(**dict.fromkeys(vars(args)))
+    in_vain = flag_in_vain(parser.parse_args(arguments, none))
+    if in_vain:
+        parser.error(in_vain)
     return args
+
+
+def flag_in_vain(given: argparse.Namespace) -> str:
+    """What is wrong with a flag that would change nothing; empty when there is none."""
+    flags = {name for name, value in vars(given).items() if value is not None}
+    for mode in ("demo", "backlog"):
+        for name in ONLY_WITH[mode] if mode not in flags else NOT_WITH[mode]:
+            if name in flags:
+                word = "not" if mode in flags else "only"
+                return f"argument --{name.replace('_', '-')}: {word} with --{mode}"
+    return ""
 
 
 async def connect(

@@ -659,7 +659,7 @@ class Run:
         elif what == "failed":
             self.ended = True
             self.failure = f"can't be started: {about}"
-        elif what == "left":
+        elif what == "left" and self.order == Order.NONE:
             say(f"COMMAND has ended, and what it has started goes on: {about}")
         elif what == "stuck":
             self.stuck = about

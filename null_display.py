@@ -328,7 +328,7 @@ class BacklogDisplay(Screen):
             return []
         asked = str(progress.asked)
         if self._asked_since is not None:
-            asked += f", for {clock(time.monotonic() - self._asked_since)}"
+            asked += f", waiting {clock(time.monotonic() - self._asked_since)}"
         rows = [
             ("jobs", jobs_text(progress.jobs)),
             ("wanted", str(progress.wanted)),

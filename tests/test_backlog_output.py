@@ -117,7 +117,7 @@ async def test_a_terminal_shows_rows_and_at_the_end_the_chart(columns, vast, tmp
             r"jobs +5 waiting, 1 in hand",
             rf"wanted +{WORKERS + 1}",
             rf"reserved +{WORKERS}",
-            r"asked for +1, for 0:0\d",
+            r"asked for +1, waiting 0:0\d",
             rf"workers +{WORKERS} reserved",
         ):
             assert await command.says(row), row

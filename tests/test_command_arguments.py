@@ -60,6 +60,14 @@ def test_the_command_has_the_defaults_of_its_help(monkeypatch):
             ["--endpoint", "x", "--instance", "moon"],
             "argument --instance: 'moon' is none of prod, alpha",
         ),
+        (["--local", "--max", "3"], "argument --max: only with --backlog"),
+        (["--local", "--once"], "argument --once: only with --backlog"),
+        (["--local", "--count", "3"], "argument --count: only with --demo"),
+        (["--local", "--demo", "--hold", "5"], "argument --hold: not with --demo"),
+        (
+            ["--local", "--backlog", "x", "--max", "3", "--wait", "5"],
+            "argument --wait: not with --backlog",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, message, capsys, monkeypatch):

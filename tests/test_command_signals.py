@@ -32,9 +32,9 @@ async def stage_of(vast, command, stage):
 
 @pytest.mark.parametrize("stage", ["waiting", "held"])
 @pytest.mark.parametrize("output", ["full", "stalled", (80, 12)])
-@pytest.mark.parametrize("demo", [[], ["--demo", "--interval", "0.3"]])
-async def test_a_signal_ends_the_command_also_when_it_cannot_print(vast, output, stage, demo):
-    number = signal.SIGTERM if demo else signal.SIGINT
+@pytest.mark.parametrize("mode", [["--hold", "inf"], ["--demo", "--interval", "0.3"]])
+async def test_a_signal_ends_the_command_also_when_it_cannot_print(vast, output, stage, mode):
+    number = signal.SIGTERM if "--demo" in mode else signal.SIGINT
     taken = (
         [await create(vast, worker) for worker in vast.workers.values()]
         if stage == "waiting"
@@ -44,7 +44,7 @@ async def test_a_signal_ends_the_command_also_when_it_cannot_print(vast, output,
         await eventually(lambda: all(worker.report["cur_load"] for worker in vast.workers.values()))
     # A terminal that is gone after its first line.
     vast.polls, reads = 0, 1 if isinstance(output, tuple) else 0
-    async with Command("--hold", "inf", *demo, vast=vast, output=output, reads=reads) as command:
+    async with Command(*mode, vast=vast, output=output, reads=reads) as command:
         await stage_of(vast, command, stage)
         command.process.send_signal(number)
         assert await command.status(timeout=15) == 128 + number

@@ -159,7 +159,7 @@ def check_template(template):
     assert bounds["direct_port_count"] == {"gte": "3"}
     ports, variables = docker_options(template)
     assert ports == ["3000:3000"]
-    queue, _, access = value_of("QUEUE").removeprefix("-e ").partition("=")
+    queue, _, access = value_of("VARIABLES").removeprefix("-e ").partition("=")
     assert variables == {
         "SERVERLESS": "true",
         "BACKEND": "null",
