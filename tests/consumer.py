@@ -16,6 +16,7 @@ import uuid
 import psutil
 
 from tests.environment import BARE, HERE
+from tests.processes import marked
 from tests.waiting import eventually
 from tests.worker import lease
 
@@ -33,9 +34,10 @@ class Running:
     def alive(self):
         """All its processes but zombies."""
         found = []
-        for process in psutil.process_iter():
+        for pid in marked(self.mark):
             with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != "zombie":
+                process = psutil.Process(pid)
+                if process.status() != "zombie":
                     found.append(process)
         return found
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 
 from tests.environment import BARE, HERE
+from tests.processes import marked
 
 MARK = "EXAMPLE_OF_THE_TEST"
 # As in a shell in which the environment of these tests is active.
@@ -131,10 +132,9 @@ class Example:
     def processes(self):
         """All that live of those that were started with this example's variables."""
         found = []
-        for process in psutil.process_iter():
+        for pid in marked(self.mark):
             with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark:
-                    found.append(process)
+                found.append(psutil.Process(pid))
         return found
 
     def kill(self):

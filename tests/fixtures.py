@@ -16,6 +16,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+LONG = ("example_sqs", "example_celery", "example", "backlog", "deploy", "readme", "clock", "drain")
+
+
+def pytest_collection_modifyitems(items):
+    """The long ones first: what comes last would otherwise be waited for by all processes but one."""
+    items.sort(key=lambda item: [word not in item.nodeid for word in LONG])
+
+
 @pytest.fixture(scope="session")
 def anyio_backend():
     return "asyncio"

@@ -2,7 +2,12 @@
 
 import contextlib
 import os
+import time
 from pathlib import Path
+
+SETTLED = 2.0  # seconds after which a process has the environment that it stays with
+
+_strangers = {}  # for each mark, the processes that don't have it, and when that was seen first
 
 
 def processes_of(folder):
@@ -23,11 +28,23 @@ def holds(pid, path):
 
 
 def marked(mark):
-    """The processes with this text in their environment, and what each is called."""
+    """The processes with this text in their environment, and what each is called.
+
+    It is asked often, while a test waits: those that are known to be none of ours aren't read.
+    """
     found = {}
-    for environment in Path("/proc").glob("[0-9]*/environ"):
+    now = time.monotonic()
+    strangers = _strangers.setdefault(mark, {})
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    for pid in strangers.keys() - pids:
+        del strangers[pid]
+    for pid in pids:
+        if now - strangers.get(pid, now) > SETTLED:
+            continue
         with contextlib.suppress(OSError):
-            if mark.encode() in environment.read_bytes():
-                name = environment.with_name("comm").read_text().strip()
-                found[int(environment.parent.name)] = name
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            if mark.encode() in environment:
+                found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
+            else:
+                strangers.setdefault(pid, now)
     return found

@@ -178,7 +178,7 @@ async def test_only_so_many_are_closed_at_a_time_and_none_is_left(caplog, monkey
         if route == END:
             closing.add(message["session_id"])
             most = max(most, len(closing))
-            await asyncio.sleep(1.3)  # the third wave ends after the first one's bound of 3 s
+            await asyncio.sleep(1.1)  # the third wave ends after the first one's bound of 3 s
             closing.discard(message["session_id"])
 
     async with stubbed() as (stub, endpoint), contextlib.AsyncExitStack() as stack:

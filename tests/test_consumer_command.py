@@ -98,8 +98,11 @@ async def test_output_that_nobody_reads_holds_up_no_renewal(vast, worker, tmp_pa
             for _ in range(2):
                 session_id = await create(vast, worker, lifetime=2)
                 await eventually((tmp_path / "began").exists)
-                while not (tmp_path / "ended").exists():
-                    assert (await lease(worker))["session_id"] == session_id
+                while True:
+                    held = (await lease(worker))["session_id"]
+                    if (tmp_path / "ended").exists():
+                        break
+                    assert held == session_id
                 await eventually(lambda: is_free(worker))
                 (tmp_path / "began").unlink()
                 (tmp_path / "ended").unlink()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.consumer import IGNORES, consumer, driver, held
 from tests.http import Callbacks, Refused, server
-from tests.waiting import eventually
+from tests.waiting import catches, eventually
 from tests.worker import create, fresh, is_free, lease, release
 
 pytestmark = pytest.mark.anyio
@@ -149,8 +149,7 @@ async def test_after_the_grace_it_is_killed_and_released(vast, worker, tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 async def test_a_signal_while_it_waits_for_a_reservation(vast, worker, tmp_path, number):
     async with consumer(worker, tmp_path, command="echo began") as running:
-        await eventually(running.alive)
-        await asyncio.sleep(1)
+        await catches(running.process, number)
         running.signal(number)
         assert await running.status(5) == 128 + number
         session_id = await create(vast, worker)

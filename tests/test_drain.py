@@ -2,12 +2,10 @@
 
 import asyncio
 import contextlib
-import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +13,7 @@ from null_local import LocalVast, hold_port
 from tests.autoscaler import ended, statuses
 from tests.environment import BARE, HERE, ON_VAST
 from tests.http import Callbacks, listens, post, server
-from tests.waiting import eventually
+from tests.waiting import catches, eventually
 from tests.worker import create, drained, driver, fresh, ready, release, until
 
 pytestmark = pytest.mark.anyio
@@ -142,14 +140,6 @@ async def test_whatever_hangs_the_drain_ends_in_time_and_says_what_was_not_done(
             assert worker.log.read_text().splitlines()[-1].endswith(f"not done: {undone}")
         callbacks.let_go.set()
         await asyncio.gather(pinging, return_exceptions=True)
-
-
-async def catches(process, number):
-    """Wait until a process has a handler of its own for a signal."""
-    status = Path(f"/proc/{process.pid}/status")
-    await eventually(
-        lambda: int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16) >> (number - 1) & 1
-    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

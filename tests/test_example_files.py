@@ -57,7 +57,7 @@ def test_what_is_worked_on_is_in_hand_and_free_again_as_soon_as_its_worker_is_de
 
 
 def test_sigterm_lets_it_finish_its_job_and_take_no_other(files):
-    files.put(3, 1)
+    files.put(3, 4)
     with files.consumer() as process:
         files.until(lambda: files.backlog() == (2, 1))
         process.send_signal(signal.SIGTERM)

@@ -207,7 +207,7 @@ async def test_others_reservations_count_and_none_is_opened_while_the_list_may_l
     await eventually(lambda: predecessors.report["cur_load"])
     async with following(vast, jobs=(9, 0)) as this:
         began = asyncio.get_running_loop().time()
-        await eventually(lambda: this.progress.asked)
+        await eventually(lambda: this.progress.asked or this.progress.own)
         assert asyncio.get_running_loop().time() - began >= 2.9
         await eventually(lambda: this.numbers == (WORKERS - 1, 0))
         await this.looks_twice()

@@ -154,7 +154,9 @@ STUBBORN = "trap '' TERM; echo started; setsid sh -c 'trap \"\" TERM; sleep 1000
 async def test_leaving_leaves_no_consumer_behind():
     mark = uuid.uuid4().hex
     environment = {"NULL_CONSUMER": STUBBORN, "MARK": mark}
-    async with LocalVast(control_port=None, environment=environment) as vast:
+    async with LocalVast(
+        control_port=None, environment=environment, inactivity_timeout=600
+    ) as vast:
         workers = [await fresh(vast) for _ in range(2)]
         for worker in workers:
             await create(vast, worker)

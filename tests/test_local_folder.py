@@ -114,4 +114,4 @@ async def test_entering_that_is_cancelled_leaves_nothing(tls, tmp_path, monkeypa
             await vast.__aexit__(None, None, None)
         assert list(tmp_path.iterdir()) == []
     assert cancelled > 1
-    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert len(os.listdir("/proc/self/fd")) <= open_files  # others may have closed theirs

@@ -147,7 +147,10 @@ async def test_a_thousand_reservations_in_a_storm_leave_nothing_behind(caplog):
         )
         # 3 s of bad luck, which a busy machine lengthens.
         told = set(re.findall(r"not closed session=(\w+)", caplog.text))
-        assert {session.name for session in stub.left()} <= told and len(told) < 10
+        unanswered = caplog.text.count("no answer to a create")
+        assert len(told) + unanswered < 10
+        untold = {session.name for session in stub.left()} - told
+        assert len(untold) <= unanswered
         assert sum(storm.held for storm in storms) > 50
         await eventually(lambda: open_files(port) <= files)
 

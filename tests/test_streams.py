@@ -60,9 +60,9 @@ async def test_lines_that_could_not_be_written_are_counted(tmp_path):
     )
     lines = done.stdout.splitlines()
     assert lines[:3] == ["line 0", "line 1", "line 2"], done.stderr
-    (lost,) = re.findall(r"\((\d+) lines of the log are lost here\)", done.stdout)
+    lost = map(int, re.findall(r"\((\d+) lines of the log are lost here\)", done.stdout))
     numbered = [line for line in lines if line.startswith("line ")]
-    assert 1000 <= len(numbered) < 2999 and len(numbered) + int(lost) == 3000
+    assert 1000 <= len(numbered) < 2999 and len(numbered) + sum(lost) == 3000
 
 
 CLOSED = [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"]

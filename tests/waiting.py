@@ -1,7 +1,9 @@
 """Waiting for what is to come."""
 
 import asyncio
+import re
 import time
+from pathlib import Path
 
 import aiohttp
 
@@ -29,3 +31,11 @@ async def eventually(condition, timeout=60.0, epitaph=lambda: None):
         assert not over, over
         assert time.monotonic() < deadline, why
         await asyncio.sleep(0.02)
+
+
+async def catches(process, number):
+    """Wait until a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{process.pid}/status")
+    await eventually(
+        lambda: int(re.search(r"SigCgt:\s+(\w+)", status.read_text())[1], 16) >> (number - 1) & 1
+    )
