@@ -289,7 +289,7 @@ class LocalEndpoint:
         self.api_key = secrets.token_hex(16)  # the account's, for the web API
         self.endpoint_key = secrets.token_hex(16)  # the endpoint's own, for the router
         self.master_token = secrets.token_hex(16)  # by which workers' reports are known
-        self.signing_key = _signing_key(2048)
+        self.signing_key = _signing_key(1024)  # short: nothing is protected by it but a stand-in
 
         self.workers: dict[int, LocalWorker] = {}
         self.waiting: dict[int, float] = {}  # request index to when its place is lost, in order

@@ -20,7 +20,7 @@ LONG = ("example_sqs", "example_celery", "example", "backlog", "deploy", "readme
 
 
 def pytest_collection_modifyitems(items):
-    """The long ones first: what comes last would otherwise be waited for by all processes but one."""
+    """The long ones first: all processes but one would wait for a long one that comes last."""
     items.sort(key=lambda item: [word not in item.nodeid for word in LONG])
 
 

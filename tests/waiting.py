@@ -16,7 +16,8 @@ async def eventually(condition, timeout=60.0, epitaph=lambda: None):
     Who can't be asked has not said yes, nor has one who refuses. `epitaph` says why the condition
     can't come true any more; then this fails at once, with that text.
     """
-    deadline = time.monotonic() + timeout
+    began_at = time.monotonic()
+    deadline = began_at + timeout
     while True:
         why = "the condition did not come true in time"
         over = epitaph()  # before the condition: what was done just before the end counts
@@ -30,7 +31,8 @@ async def eventually(condition, timeout=60.0, epitaph=lambda: None):
             return result
         assert not over, over
         assert time.monotonic() < deadline, why
-        await asyncio.sleep(0.02)
+        # Often at first. What takes long is not to be asked for so often that it takes longer.
+        await asyncio.sleep(min(0.2, 0.02 + (time.monotonic() - began_at) / 20))
 
 
 async def catches(process, number):

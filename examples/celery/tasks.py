@@ -13,7 +13,11 @@ VISIBILITY_TIMEOUT = float(os.environ.get("VISIBILITY_TIMEOUT", 3600))
 
 app = Celery("tasks", broker=REDIS_URL, backend=REDIS_URL)
 app.conf.update(
-    broker_transport_options={"visibility_timeout": VISIBILITY_TIMEOUT},
+    broker_transport_options={
+        "visibility_timeout": VISIBILITY_TIMEOUT,
+        # Seconds for which a process that is killed while it gives lost jobs back holds up others.
+        "unacked_mutex_expire": 10,
+    },
     task_acks_late=True,  # taken out when it is done, not when it begins
     worker_prefetch_multiplier=1,  # none is kept from other workers while this one is at work
     broker_connection_retry_on_startup=False,  # no machine is held for a Redis that is away
