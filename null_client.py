@@ -871,11 +871,12 @@ def _note_list(course: Course, look: Look) -> Course:
 
 
 def _note_jobs(limits: Limits, course: Course, look: Look) -> Course:
-    if look.jobs is None:  # the last number stands until there is a new one
-        jobs, none_since, looks_at_none = course.jobs, None, 0
-    else:
+    jobs = course.jobs  # the last number stands until there is a new one
+    none_since = None
+    looks_at_none = 0
+    if look.jobs is not None:
         course = _note_movement(course, look, look.jobs)
-        jobs, none_since, looks_at_none = look.jobs, None, 0
+        jobs = look.jobs
         if jobs.total == 0:
             none_since = look.at if course.none_since is None else course.none_since
             looks_at_none = course.looks_at_none + 1

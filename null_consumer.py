@@ -578,7 +578,8 @@ class Run:
         self._received = b""
         self._nothing_left = False
         self._orphans: Family | None = None  # COMMAND's family, when the guard has been killed
-        self._reports, self._orders = -1, -1
+        self._reports = -1
+        self._orders = -1
         self._guard = -1
         theirs = []
         try:
@@ -861,7 +862,8 @@ class Look:
         self._give_up_at = time.monotonic() + EMPTY_WAIT
         self._answered = False
         # Read when it has ended: what doesn't fit into a pipe is no number.
-        self._output, self._errors = -1, -1
+        self._output = -1
+        self._errors = -1
         theirs = []
         try:
             self._output, output = os.pipe()
@@ -1441,7 +1443,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         help="seconds of nothing but failures until the worker is reported as broken (600)",
     )
     parser.add_argument("--worker-pipe", metavar="FD", type=int, help=argparse.SUPPRESS)
-    options, command = list(arguments), []
+    options = list(arguments)
+    command: list[str] = []
     if "--" in options:
         command = options[options.index("--") + 1 :]
         options = options[: options.index("--")]
