@@ -62,6 +62,7 @@ class Watch:
         await asyncio.wait({self._task})
 
 
+@pytest.mark.long
 async def test_a_dispatcher_that_is_killed_again_and_again_reserves_nothing_twice(files):
     files.put(400, 1)
     folder = HERE / "examples" / "files"
@@ -102,6 +103,7 @@ def withdraw_those_that_wait(files):
             path.unlink()
 
 
+@pytest.mark.long
 def test_whatever_dies_all_jobs_are_done_with_one_reservation_more_for_each(files, tmp_path):
     files.put(36, 0.7)
     with files.command(tmp_path, "--max", "3", "--settle", "3", "--every", "1", "--once") as run:
@@ -132,6 +134,7 @@ def wrappers(run):
     return found
 
 
+@pytest.mark.long
 def test_consumers_that_leave_the_jobs_where_they_are_cost_one_worker_until_mended(files, tmp_path):
     files.put(6, 0.1)
     mended = tmp_path / "mended"

@@ -229,6 +229,7 @@ def check_key_of_dispatcher(asked):
     assert key["permissions"] == {"api": {"misc": {}}}
 
 
+@pytest.mark.long
 def test_what_the_lines_of_deploying_send(tmp_path):
     asked = run_lines(tmp_path)
     check_template(body_of(asked, *MADE))

@@ -63,6 +63,7 @@ def test_eighteen_jobs_are_done_once_by_three_workers_that_then_go(bullmq, redis
     assert bullmq.backlog() == (0, 0)
 
 
+@pytest.mark.long
 def test_what_the_dead_had_is_done_and_poisoned_jobs_go_aside(hasty, redis, tmp_path):
     hasty.put(1, "kill")
     hasty.put(1, "fail")

@@ -69,6 +69,7 @@ def test_eighteen_jobs_are_done_once_by_three_workers_that_then_go(celery, redis
     assert celery.backlog() == (0, 0)
 
 
+@pytest.mark.long
 def test_what_the_dead_had_is_done_and_poisoned_jobs_go_aside(forgetful, redis, tmp_path):
     forgetful.put(1, "fail")
     forgetful.put(1, "kill")

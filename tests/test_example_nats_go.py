@@ -45,6 +45,7 @@ def test_all_are_done_once_though_a_consumer_and_a_worker_are_killed(url, tmp_pa
     assert nats.backlog() == (0,)
 
 
+@pytest.mark.long
 def test_jobs_that_fail_or_kill_their_worker_go_aside_and_the_workers_home(url, tmp_path):
     nats = Example("nats-go", NATS_URL=url, NATS_ACK_WAIT="1")
     nats.put(1, "fail")

@@ -50,6 +50,7 @@ def workers(own):
     return found
 
 
+@pytest.mark.long
 def test_each_job_has_a_worker_and_one_whose_consumer_is_killed_runs_again(own):
     command = [own.folder / "run", "3", "4"]
     with subprocess.Popen(command, env=own.environment, stdout=subprocess.PIPE, text=True) as run:
@@ -62,6 +63,7 @@ def test_each_job_has_a_worker_and_one_whose_consumer_is_killed_runs_again(own):
     assert workers(own) == []
 
 
+@pytest.mark.long
 def test_a_job_without_a_result_is_given_up_after_three_tries(own):
     assert own.ask("run", 1, "kill") == ["kill: no result after 3 tries"]
 

@@ -76,6 +76,7 @@ def test_eighteen_jobs_are_done_once_by_three_workers_that_then_go(rq, queue, tm
     assert rq.backlog() == (0, 0)
 
 
+@pytest.mark.long
 def test_what_the_dead_had_is_done_and_poisoned_jobs_go_aside(rq, queue, tmp_path):
     rq.put(1, "fail")
     rq.put(1, "kill")
@@ -94,6 +95,7 @@ def test_what_the_dead_had_is_done_and_poisoned_jobs_go_aside(rq, queue, tmp_pat
     assert "signal 9" in reasons[1]
 
 
+@pytest.mark.long
 def test_a_job_that_takes_its_whole_worker_with_it_goes_aside_the_third_time(rq, queue):
     rq.put(1, 60)
     for _ in range(3):

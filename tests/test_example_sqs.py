@@ -49,6 +49,7 @@ def models(sqs):
     return found
 
 
+@pytest.mark.long
 def test_all_are_done_once_though_a_consumer_and_a_worker_are_killed(sqs, tmp_path):
     sqs.put(1, 9)  # longer than it is hidden at a time: without heartbeats it were done again
     sqs.put(17)
@@ -67,6 +68,7 @@ def test_all_are_done_once_though_a_consumer_and_a_worker_are_killed(sqs, tmp_pa
     assert sqs.backlog() == (0, 0)
 
 
+@pytest.mark.long
 def test_jobs_that_fail_or_kill_their_worker_go_aside_and_the_workers_home(sqs, tmp_path):
     sqs.put(1, "fail")
     sqs.put(1, "kill")
