@@ -1252,7 +1252,8 @@ class NullWorker:
         with contextlib.suppress(Exception):
             async with aiohttp.ClientSession(timeout=timeout) as http:
                 headers = {CALLBACK_HEADER: "1"}
-                await http.post(url, json=body, headers=headers, allow_redirects=False)
+                async with http.post(url, json=body, headers=headers, allow_redirects=False):
+                    pass  # its answer isn't read
 
     # What the consumer asks for
 

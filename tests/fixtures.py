@@ -44,6 +44,7 @@ async def vast(shared_vast):
     await eventually(lambda: all(worker.free for worker in shared_vast.workers.values()))
     shared_vast.reports.clear()
     shared_vast.ended.clear()
+    shared_vast.failed_starts.clear()
     shared_vast.failing_polls.clear()
     shared_vast.waiting.clear()
     shared_vast.first_request = shared_vast.last_request + 1

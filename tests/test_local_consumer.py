@@ -18,6 +18,7 @@ from tests.reservation import endpoint_of
 from tests.waiting import eventually
 from tests.worker import create, fresh
 
+OWN_LINE = "worker 1: null_consumer: "
 pytestmark = pytest.mark.anyio
 
 
@@ -106,8 +107,8 @@ async def test_a_consumer_runs_in_the_callers_place_while_its_worker_is_reserved
         (worker,) = vast.workers.values()
         assert worker.output.read_text() == f"{tmp_path} {tmp_path} {os.environ['PATH']}\n"
         assert events[1] == f"worker 1: its consumer writes to {worker.output}"
-        said = [event for event in events if event.startswith("worker 1: null_consumer: ")]
-        assert said and not [event for event in events if " wrote: " in event]
+        await eventually(lambda: any(event.startswith(OWN_LINE) for event in events))
+        assert not [event for event in events if " wrote: " in event]
 
 
 async def test_of_a_run_that_fails_the_last_five_lines_are_shown():
