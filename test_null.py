@@ -16,15 +16,15 @@ import pytest
 from null_client import reserve
 from null_local import LocalVast
 from null_worker import END
-from tests.autoscaler import ended, reservations_over_time, statuses
-from tests.command import Command
-from tests.environment import BARE, HERE, run
-from tests.http import Callbacks, post, request, server
-from tests.reservation import endpoint_of, worker_at
-from tests.waiting import eventually
-from tests.worker import create, fresh, lease, release, renew, until
+from tests.kit.autoscaler import ended, reservations_over_time, statuses
+from tests.kit.command import Command
+from tests.kit.environment import BARE, HERE, run
+from tests.kit.http import Callbacks, post, request, server
+from tests.kit.reservation import endpoint_of, worker_at
+from tests.kit.waiting import eventually
+from tests.kit.worker import create, fresh, lease, release, renew, until
 
-pytest_plugins = ["tests.fixtures"]
+pytest_plugins = ["tests.kit.fixtures"]
 pytestmark = pytest.mark.anyio
 
 

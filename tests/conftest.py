@@ -1,3 +1,3 @@
 """The fixtures of all tests. `test_null.py` names them too: each is there once for both."""
 
-pytest_plugins = ["tests.fixtures"]
+pytest_plugins = ["tests.kit.fixtures"]

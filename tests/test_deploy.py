@@ -16,8 +16,8 @@ import threading
 
 import pytest
 
-from tests.environment import HERE
-from tests.example import PATH, which
+from tests.kit.environment import HERE
+from tests.kit.example import PATH, which
 
 README = HERE / "README.md"
 KEY = "a-key-of-no-account"

