@@ -171,7 +171,7 @@ class Decision(NamedTuple):
 def decide(limits: Limits, history: History, now: Snapshot) -> tuple[History, Decision | None]:
     """Say how many workers to ask for or take back. None: not known, so do neither.
 
-    The rule was tried in tests/simulation.py. Change it there first.
+    The rule was tried in tests/simulation. Change it there first.
     """
     history = _note_list(history, now)
     history = history._replace(wanted=_since(now.at - limits.settle, history.wanted))
@@ -380,7 +380,7 @@ def unreachable_text(tries: Mapping[str, int]) -> str:
     """Say which workers nobody reached, and how often each was tried in the last hour."""
     if not tries:
         return ""
-    named = ", ".join(f"{url} ({times} tries)" for url, times in tries.items())
+    named = ", ".join(f"{url} (tried {times} times)" for url, times in tries.items())
     return f"{named}. Does the host keep its ports closed? Then destroy the instance"
 
 
