@@ -6,6 +6,7 @@ import gc
 import pytest
 
 import null_backlog
+import null_rule
 from null_backlog import Stuck, follow
 from tests.kit.following import following
 from tests.kit.reservation import endpoint_of
@@ -157,7 +158,7 @@ async def test_refused_it_asks_again_later_and_says_so_once(vast):
 async def test_others_reservations_count_and_none_is_opened_while_the_list_may_lag(
     vast, monkeypatch
 ):
-    monkeypatch.setattr(null_backlog, "LIST_LAG", 3.0)
+    monkeypatch.setattr(null_rule, "LIST_LAG", 3.0)
     predecessors = next(iter(vast.workers.values()))
     session_id = await create(vast, predecessors)
     await eventually(lambda: predecessors.report["cur_load"])
@@ -177,8 +178,8 @@ async def test_others_reservations_count_and_none_is_opened_while_the_list_may_l
 async def test_a_list_that_fails_or_is_empty_is_replaced_by_the_last_one_for_a_while(
     vast, monkeypatch
 ):
-    monkeypatch.setattr(null_backlog, "LIST_KEPT", 1.0)
-    monkeypatch.setattr(null_backlog, "LIST_LAG", 0.5)
+    monkeypatch.setattr(null_rule, "LIST_KEPT", 1.0)
+    monkeypatch.setattr(null_rule, "LIST_LAG", 0.5)
 
     async def fails():
         raise RuntimeError("HTTP 500")

@@ -6,6 +6,7 @@ import itertools
 import pytest
 
 import null_backlog
+import null_rule
 from null_backlog import Stuck
 from tests.kit.following import following
 from tests.kit.waiting import eventually
@@ -65,8 +66,8 @@ async def test_with_a_third_number_growth_hides_nothing(vast, consumers_that_let
 
 
 async def test_a_load_that_nobody_holds_counts_no_more_after_a_while(vast, monkeypatch):
-    monkeypatch.setattr(null_backlog, "GHOST_AFTER", 3.0)
-    monkeypatch.setattr(null_backlog, "LIST_LAG", 1.0)
+    monkeypatch.setattr(null_rule, "GHOST_AFTER", 3.0)
+    monkeypatch.setattr(null_rule, "LIST_LAG", 1.0)
     ghost = vast.ghost()
     async with following(vast, most=1, jobs=(1, 0)) as this:
         await eventually(lambda: this.progress.others == 1)
@@ -81,7 +82,7 @@ async def test_a_load_that_nobody_holds_counts_no_more_after_a_while(vast, monke
 async def test_a_worker_that_nobody_reaches_is_told_by_its_url_and_taken_for_nobodys(
     vast, monkeypatch
 ):
-    monkeypatch.setattr(null_backlog, "LIST_LAG", 1.0)
+    monkeypatch.setattr(null_rule, "LIST_LAG", 1.0)
     vast.stop_worker(next(iter(vast.workers.values())), "by the test")
     await eventually(lambda: len(vast.workers) == WORKERS - 1)
     closed = vast.closed_worker()
@@ -98,7 +99,7 @@ async def test_a_worker_that_nobody_reaches_is_told_by_its_url_and_taken_for_nob
 
 
 async def test_jobs_in_hand_of_nobody_are_told_and_get_one_worker(vast, monkeypatch):
-    monkeypatch.setattr(null_backlog, "STRANDED_AFTER", 1.0)
+    monkeypatch.setattr(null_rule, "STRANDED_AFTER", 1.0)
     async with following(vast, jobs=(0, 2)) as this:
         await eventually(lambda: this.numbers == (1, 0))
         assert this.said[0].startswith("stranded: 2 in hand")
@@ -167,7 +168,7 @@ async def test_once_it_gives_up_with_what_has_gone_wrong(
     vast, monkeypatch, consumers_that_let_go, bound, jobs, line
 ):
     monkeypatch.setattr(null_backlog, bound, 1.0)
-    monkeypatch.setattr(null_backlog, "STRANDED_AFTER", 0.5)
+    monkeypatch.setattr(null_rule, "STRANDED_AFTER", 0.5)
     async with following(vast, jobs=jobs, once=True) as this:
         with pytest.raises(Stuck, match=f"given up: {line}"):
             await asyncio.wait_for(this.task, 30)
