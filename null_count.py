@@ -1,4 +1,4 @@
-"""Count a backlog by a shell line, as --backlog does."""
+"""Count a backlog by a shell line, as --backlog and --watch do."""
 
 from __future__ import annotations
 
@@ -9,18 +9,66 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import AsyncIterator
 from typing import IO
 
 from null_backlog import Jobs, NotCounted, one_line
 
 MAX_OUTPUT = 4096  # bytes of what a command prints
+LONGEST_PAUSE = 60.0  # seconds until a command that stays is started again
 
 
 async def run_backlog(line: str) -> Jobs:
-    """What a shell line prints. Raises NotCounted.
+    """Run a shell line that prints how many jobs there are. Raises NotCounted.
 
     It runs in a session of its own, without a terminal, and nothing of it is left running.
     """
+    process = _start(line)
+    try:
+        output, errors = await _read_to_end(process)
+    finally:
+        _end_group(process)
+    said = _last_line(errors)
+    if process.returncode:
+        raise NotCounted(_how_it_ended(process.returncode, output) + said)
+    return _parse(output, said)
+
+
+async def watch_backlog(line: str) -> AsyncIterator[Jobs | NotCounted]:
+    """Run a shell line that stays and prints a line whenever the number of jobs has changed.
+
+    What has been printed since the last step counts by its last line. When the command ends, it is
+    started again after 1, 2, 4 ... 60 s. Close the iterator, and nothing of it is left running.
+    """
+    in_vain = 0  # starts in a row that gave no count
+    while True:
+        process = _start(line)
+        errors = b""
+        try:
+            async for output, errors in _read_lines(process):
+                if output is None:
+                    break
+                try:
+                    yield _parse(output, _last_line(errors))
+                    in_vain = 0
+                except NotCounted as error:
+                    yield error
+            ended = "it has closed its standard output"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ended = _how_it_ended(process.wait(0.1), b"")
+        finally:
+            _end_group(process)
+        yield NotCounted(ended + _last_line(errors))
+        await asyncio.sleep(restart_pause(in_vain))
+        in_vain += 1
+
+
+def restart_pause(in_vain: int) -> float:
+    """Return the seconds until the next start, after so many in a row that gave no count."""
+    return min(LONGEST_PAUSE, 2.0 ** min(in_vain, 9))
+
+
+def _start(line: str) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         ["sh", "-c", line],
         stdin=subprocess.DEVNULL,
@@ -28,17 +76,30 @@ async def run_backlog(line: str) -> Jobs:
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    try:
-        output, errors = await _read_to_end(process)
-    finally:
-        _end_group(process)
-    last = (errors.decode(errors="replace").split("\n") or [""])[-1]
-    said = f": {one_line(last)}" if last else ""
-    if process.returncode:
-        ended = f"exit status {process.returncode}"
-        if process.returncode < 0:
-            ended = f"killed by signal {-process.returncode}"
-        raise NotCounted(ended + said)
+    assert process.stdout and process.stderr
+    for pipe in (process.stdout, process.stderr):
+        os.set_blocking(pipe.fileno(), False)
+    return process
+
+
+def _last_line(errors: bytes) -> str:
+    """Return what a command wrote to standard error last, for the end of a sentence."""
+    last = errors.decode(errors="replace").rstrip().split("\n")[-1]
+    return f": {one_line(last)}" if last else ""
+
+
+def _how_it_ended(status: int, output: bytes) -> str:
+    if status < 0:
+        return f"killed by signal {-status}"
+    if status == 1:
+        with contextlib.suppress(NotCounted):
+            _parse(output, "")
+            return "exit status 1 after a number (grep -c ends so at 0; if it is that, add ; true)"
+    return f"exit status {status}"
+
+
+def _parse(output: bytes, said: str) -> Jobs:
+    """Take what a command printed for numbers. Raises NotCounted."""
     words = output.decode(errors="replace").split()
     if not words:
         raise NotCounted(f"it printed nothing{said}")
@@ -54,13 +115,11 @@ async def _read_to_end(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
     Until it ends, not until these are closed: something that it has left running may hold them.
     """
     assert process.stdout and process.stderr
-    for pipe in (process.stdout, process.stderr):
-        os.set_blocking(pipe.fileno(), False)
     output = errors = b""
     while True:
         ended = process.poll() is not None
-        output += _read(process.stdout)
-        errors = (errors + _read(process.stderr)).rstrip()[-MAX_OUTPUT:]
+        output += _read(process.stdout) or b""
+        errors = (errors + (_read(process.stderr) or b"")).rstrip()[-MAX_OUTPUT:]
         if len(output) > MAX_OUTPUT:
             raise NotCounted("it prints without end")
         if ended:
@@ -68,11 +127,58 @@ async def _read_to_end(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
         await asyncio.sleep(0.02)
 
 
-def _read(pipe: IO[bytes]) -> bytes:
-    """What is there now: 64 KiB at most, as a pipe holds."""
+async def _read_lines(
+    process: subprocess.Popen[bytes],
+) -> AsyncIterator[tuple[bytes | None, bytes]]:
+    """Give the last whole line of what has come, and the end of standard error, at each step.
+
+    A line that doesn't end is given once it is too long. None comes last, when the process or its
+    standard output has ended.
+    """
+    assert process.stdout and process.stderr
+    open_pipes = [process.stdout, process.stderr]
+    unfinished = errors = b""
+    while True:
+        has_ended = process.poll() is not None
+        await _readable(open_pipes, seconds=0.0 if has_ended else 1.0)
+        new = _read(process.stdout)
+        more = _read(process.stderr) if process.stderr in open_pipes else None
+        if more == b"":
+            open_pipes.remove(process.stderr)
+        errors = (errors + (more or b"")).rstrip()[-MAX_OUTPUT:]
+        *lines, unfinished = (unfinished + (new or b"")).split(b"\n")
+        if len(unfinished) > MAX_OUTPUT:
+            lines, unfinished = [unfinished[:MAX_OUTPUT]], b""
+        if lines:
+            yield lines[-1], errors
+        if new == b"" or (new is None and has_ended):
+            yield None, errors
+            return
+
+
+async def _readable(pipes: list[IO[bytes]], seconds: float) -> None:
+    """Wait until something has come by one of the pipes, or one was closed; so long at most."""
+    loop = asyncio.get_running_loop()
+    some: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not some.done():
+            some.set_result(None)
+
+    for pipe in pipes:
+        loop.add_reader(pipe.fileno(), wake)
+    try:
+        await asyncio.wait({some}, timeout=seconds)
+    finally:
+        for pipe in pipes:
+            loop.remove_reader(pipe.fileno())
+
+
+def _read(pipe: IO[bytes]) -> bytes | None:
+    """Read what is there now, 64 KiB at most, as a pipe holds. None: nothing yet; b"": closed."""
     with contextlib.suppress(BlockingIOError):
         return os.read(pipe.fileno(), 1 << 16)
-    return b""
+    return None
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -19,6 +19,7 @@ class Following:
         )  # what the backlog answers, or a function for it; an exception: what it raises
         self.looks = 0
         self.opened = 0
+        self.told = 0  # of its progress, so often
         self.said = []
         self.progress = Progress()
         self.task = None
@@ -32,6 +33,7 @@ class Following:
         return self.jobs() if callable(self.jobs) else self.jobs
 
     def note(self, progress):
+        self.told += 1
         self.opened += max(0, progress.own - self.progress.own)
         self.progress = progress
 
@@ -46,7 +48,7 @@ class Following:
 
 
 @contextlib.asynccontextmanager
-async def following(vast, most=WORKERS, jobs=(0, 0), every=0.2, **options):
+async def following(vast, most=WORKERS, jobs=(0, 0), every=0.2, backlog=None, **options):
     this = Following()
     this.jobs = jobs
     async with endpoint_of(vast) as endpoint:
@@ -54,7 +56,7 @@ async def following(vast, most=WORKERS, jobs=(0, 0), every=0.2, **options):
         this.task = asyncio.create_task(
             follow(
                 endpoint,
-                this.backlog,
+                backlog or this.backlog,
                 most,
                 every=every,
                 on_progress=this.note,
