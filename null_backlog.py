@@ -49,7 +49,7 @@ from null_rule import (
 if TYPE_CHECKING:
     from vastai import Endpoint  # type: ignore[import-untyped]
 
-__all__ = ["Jobs", "NotCounted", "Progress", "Stuck", "follow"]
+__all__ = ["TROUBLES", "Jobs", "NotCounted", "Progress", "Stuck", "follow"]
 
 LIST_TIMEOUT = 10.0  # seconds for Vast's list
 BACKLOG_TIMEOUT = 20.0  # seconds for the backlog to be counted
@@ -60,6 +60,18 @@ WAITING_AFTER = 600.0  # seconds without a new worker after which that is told
 GIVE_UP_AFTER = 600.0  # seconds of one trouble after which `once` ends
 NEVER_COUNTED_AFTER = 60.0  # seconds likewise, where the backlog was never counted
 
+# What can go wrong, by the name that is told. docs/operating.md says what to do about each.
+TROUBLES = (
+    "backlog",  # not counted
+    "refused",  # by Vast
+    "vast",  # the router, or the list of workers, doesn't answer
+    "unreachable",  # workers that the router names and nobody reaches
+    "ghost",  # a load on Vast's list that nobody holds
+    "stuck",  # reservations end and no job moves
+    "stranded",  # jobs are in hand, and no reserved worker can have them
+    "idle",  # workers are reserved, and there is no job
+    "waiting",  # no worker comes
+)
 STUCK_TEXT = (
     f"{null_rule.STUCK_AFTER} reservations have ended and no job has moved, so one is held at a "
     "time. Look at the consumers: do they run, and pull from the queue that is counted here?"
