@@ -1042,6 +1042,7 @@ class NullWorker:
         self.broken_reason: str | None = None  # the first one stays
         self.undone = "anything: the event loop is blocked"  # of the drain
         self._callbacks: set[object] = set()  # the tasks that wait for an on_close callback
+        self._change = asyncio.Event()  # set when a session begins or ends, and then replaced
         self._consumer: ConsumerProcess | None = None  # that we have started ourselves
         self.framework = Framework(settings, self)
 
@@ -1188,7 +1189,7 @@ class NullWorker:
         if route == LOOK and response.status == 200 and message.get("wait"):
             # Open still: the answer is the framework's, once the session has ended or time is up.
             session_id = message["session_id"]
-            await wait_until(lambda: not self.framework.session(session_id), message["wait"])
+            await self._until(lambda: not self.framework.session(session_id), message["wait"])
             return await self.framework.handle(route, message, request)
         if route == CREATE and response.status == 201:
             await self._hand_out(response, request)
@@ -1218,6 +1219,22 @@ class NullWorker:
             await self.close(session_id)
             raise
         log.info("reserved session=%s", session_id)
+        self._sessions_changed()
+
+    def _sessions_changed(self) -> None:
+        """Wake those who wait for a session to begin, or to end."""
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def _until(self, condition: Callable[[], object], seconds: float) -> None:
+        """Wait for a condition on the sessions, at most that long."""
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            change = asyncio.ensure_future(self._change.wait())
+            try:
+                await asyncio.wait({change}, timeout=deadline - time.monotonic())
+            finally:
+                change.cancel()
 
     async def close(self, session_id: str) -> bool:
         """See Framework.end(), but don't wait longer than a second for the callback."""
@@ -1231,6 +1248,7 @@ class NullWorker:
     async def session_ended(self, session: Any) -> None:
         """A session is gone: call its on_close_route."""
         log.info("ended session=%s", session.session_id)
+        self._sessions_changed()
         self._report_reason()
         if session.on_close_route:
             task = asyncio.current_task()
@@ -1292,7 +1310,7 @@ class NullWorker:
 
     async def show_session(self, wait: float) -> Answer:
         """The open session, as soon as there is one, at the latest after `wait` seconds."""
-        await wait_until(self.framework.session, wait)
+        await self._until(self.framework.session, wait)
         session = self.framework.session()
         if session is None:
             return Answer(200, {"session_id": None})
