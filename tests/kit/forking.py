@@ -37,7 +37,7 @@ WANTED |= {"gid": None, "gids": None, "uid": None, "umask": -1, "process_group":
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _execute_child = subprocess.Popen._execute_child
-_signature = inspect.signature(_execute_child)
+signature = inspect.signature(_execute_child)
 
 
 class Zygote:
@@ -140,7 +140,7 @@ forking = Forking()
 
 def execute_child(popen, *arguments, **named):
     """In the place of Popen._execute_child(): fork where that is the same."""
-    start = _signature.bind(popen, *arguments, **named).arguments
+    start = signature.bind(popen, *arguments, **named).arguments
     if not forking.on or not can_fork(start):
         return _execute_child(popen, *arguments, **named)
     request, descriptors = request_of(start)

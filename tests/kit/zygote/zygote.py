@@ -196,12 +196,14 @@ def open_standard_files():
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, name)
         writes = number > 0
-        unbuffered = writes and old.write_through  # PYTHONUNBUFFERED
+        unbuffered = old.write_through  # PYTHONUNBUFFERED
         raw = io.FileIO(number, "w" if writes else "r", closefd=False)
         raw.name = f"<{name}>"
         buffered = raw
-        if not unbuffered:
-            buffered = io.BufferedWriter(raw) if writes else io.BufferedReader(raw)
+        if not writes:
+            buffered = io.BufferedReader(raw)
+        elif not unbuffered:
+            buffered = io.BufferedWriter(raw)
         file = io.TextIOWrapper(
             buffered,
             old.encoding,
