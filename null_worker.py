@@ -246,6 +246,7 @@ LIFETIME = Field(
 )
 CALLBACK = Field("an http(s) URL or a path that begins with /", _is_callback)
 OBJECT = Field("an object", lambda value: isinstance(value, dict))  # with further fields, if it has
+ANYTHING = Field("any JSON", lambda _: True)  # is handed on, and not looked at
 
 AUTH_DATA = {
     "auth_data": OBJECT,
@@ -271,6 +272,7 @@ ROUTES: dict[str, dict[str, Field]] = {
         "payload": OBJECT,
         "payload.lifetime": LIFETIME,
         "payload.on_close_route": CALLBACK,
+        "payload.on_close_payload": ANYTHING,
     },
     LOOK: {**SESSION, "wait": WAIT},
     END: SESSION,

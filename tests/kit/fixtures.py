@@ -6,6 +6,8 @@ import signal
 import aiohttp
 import pytest
 
+from tests.kit.environment import BARE
+from tests.kit.forking import forking, install
 from tests.kit.http import post
 from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
@@ -14,6 +16,7 @@ from tests.kit.worker import WORKERS, epitaph
 # Ignored in a run in the background, and so by all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+install(BARE)
 
 
 LONG = (
@@ -31,6 +34,20 @@ LONG = (
 def pytest_collection_modifyitems(items):
     """The long ones first: all processes but one would wait for a long one that comes last."""
     items.sort(key=lambda item: [word not in item.nodeid for word in LONG])
+
+
+def pytest_unconfigure():
+    forking.end()
+
+
+@pytest.fixture(autouse=True)
+def real_starts(request):
+    """A test that is about starting starts its programs as anybody does."""
+    if request.node.get_closest_marker("starts"):
+        with forking.paused():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")

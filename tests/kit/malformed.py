@@ -3,7 +3,19 @@
 import functools
 import math
 
-from null_worker import CALLBACK, COST, CREATE, END, INTEGER, LIFETIME, OBJECT, ROUTES, TEXT, WAIT
+from null_worker import (
+    ANYTHING,
+    CALLBACK,
+    COST,
+    CREATE,
+    END,
+    INTEGER,
+    LIFETIME,
+    OBJECT,
+    ROUTES,
+    TEXT,
+    WAIT,
+)
 
 RAW = [
     (422, b""),
@@ -44,6 +56,7 @@ SPOILT = {
     LIFETIME: [*NO_NUMBER, 0, -1, -0.0, 30 * 24 * 3600 + 1],
     CALLBACK: NO_CALLBACK,
     WAIT: [*NO_NUMBER, -1, 60.5],
+    ANYTHING: [],
 }
 QUADRATIC = b"dn32ga" + b"a" * 200_000  # to Python's punycode decoder
 
