@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from null_client import Jobs, Progress, Reservation
+    from null_backlog import Jobs, Progress
+    from null_reservation import Reservation
 
 STANDARD_OUTPUT = 1
 CHUNK = 4096  # bytes; a pipe that is ready takes so many without blocking

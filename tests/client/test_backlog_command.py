@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from null_client import Jobs, NotCounted, run_backlog
+from null_backlog import Jobs, NotCounted, run_backlog
 from tests.kit.command import Command
 from tests.kit.waiting import eventually
 
@@ -33,6 +33,7 @@ def processes_with(mark):
     [
         ("echo 3", Jobs(3)),
         ("echo 3 4", Jobs(3, 4)),
+        ("echo 3 4 5", Jobs(3, 4, 5)),
         ("printf ' 3\\t\\n4'", Jobs(3, 4)),
         ("echo 007", Jobs(7)),
         ("echo 0 0; echo noise >&2", Jobs(0, 0)),
@@ -48,15 +49,15 @@ def processes_with(mark):
             "echo first >&2; printf '\\033[2Jno \\007server\\n\\n' >&2; exit 3",
             r"3:  ?\[2Jno server",
         ),
-        ("echo many", "it printed 'many', not one or two whole numbers"),
+        ("echo many", "it printed 'many', not one to three whole numbers"),
         ("echo -3", "it printed '-3', not"),
         ("echo 1.5", "it printed '1.5', not"),
-        ("echo 1 2 3", "it printed '1 2 3', not"),
+        ("echo 1 2 3 4", "it printed '1 2 3 4', not"),
         ("echo 1e3", "it printed '1e3', not"),
         ("echo 1_0", "it printed '1_0', not"),
         ("echo ٣", "it printed '٣', not"),
         ("echo 99999999999999999999", "it printed '9+', not"),
-        ("echo 3; echo oh >&2; echo x", "it printed '3 x', not one or two whole numbers: oh"),
+        ("echo 3; echo oh >&2; echo x", "it printed '3 x', not one to three whole numbers: oh"),
         ("yes", "it prints without end"),
         ("yes 1 2 >&2 & yes", "it prints without end"),
         ("cat; tty >&2", "exit status 1: not a tty"),

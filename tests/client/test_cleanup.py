@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-import null_client
-from null_client import reserve
+import null_reservation
+from null_reservation import reserve
 from null_worker import CREATE, END
 from tests.kit.autoscaler import statuses
 from tests.kit.reservation import endpoint_of, worker_at
@@ -113,7 +113,7 @@ async def test_after_a_cancellation_nothing_more_is_asked_for_and_nothing_untrue
 async def test_a_create_whose_answer_came_while_the_dispatcher_stood_still_leaves_no_session(
     monkeypatch,
 ):
-    monkeypatch.setattr(null_client, "REQUEST_TIMEOUT", 1.0)
+    monkeypatch.setattr(null_reservation, "REQUEST_TIMEOUT", 1.0)
     async with stubbed() as (stub, endpoint):
 
         async def stand_still(route, _):
@@ -170,8 +170,8 @@ async def test_a_session_that_cannot_be_closed_is_told_with_the_time_until_when_
 
 async def test_only_so_many_are_closed_at_a_time_and_none_is_left(caplog, monkeypatch):
     closing, most = set(), 0
-    assert null_client.CLOSING == 50
-    monkeypatch.setattr(null_client, "CLOSING", 10)
+    assert null_reservation.MAX_PARALLEL_CLOSES == 50
+    monkeypatch.setattr(null_reservation, "MAX_PARALLEL_CLOSES", 10)
 
     async def slow(route, message):
         nonlocal most

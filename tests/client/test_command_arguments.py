@@ -91,8 +91,8 @@ def test_every_number_of_the_command_is_checked(capsys):
 
 
 def test_a_client_that_was_copied_alone_says_what_its_stand_in_needs(tmp_path):
-    for module in ("null_client.py", "null_display.py"):
-        shutil.copy(HERE / module, tmp_path)
+    for name in ("client", "reservation", "backlog", "display"):
+        shutil.copy(HERE / f"null_{name}.py", tmp_path)
     done = run([sys.executable, tmp_path / "null_client.py", "--local"], BARE)
     assert (done.returncode, done.stdout.count("\n"), done.stderr.count("\n")) == (2, 1, 1)
     assert done.stderr.startswith("null_client: --local needs null_local.py beside this file: ")
@@ -102,7 +102,7 @@ def test_a_command_that_was_copied_alone_says_what_it_needs(tmp_path):
     shutil.copy(HERE / "null_client.py", tmp_path)
     done = run([sys.executable, tmp_path / "null_client.py", "--local"], BARE)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "null_client: the command needs null_display, beside this file\n"
+    assert done.stderr == "null_client: null_backlog.py is missing beside this file\n"
 
 
 async def test_without_an_api_key_one_line_says_both_ways_to_give_one():

@@ -9,8 +9,8 @@ import pytest
 
 import null_client
 import null_display
-from null_client import WorkerLost, reserve
 from null_local import hold_port
+from null_reservation import WorkerLost, reserve
 from tests.kit.autoscaler import reservations_over_time, statuses
 from tests.kit.command import Command
 from tests.kit.reservation import endpoint_of, worker_at

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from null_client import reserve
+from null_reservation import reserve
 from null_worker import LOOK
 from tests.kit.autoscaler import statuses
 from tests.kit.reservation import endpoint_of, worker_at

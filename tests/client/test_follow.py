@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from null_client import Course, Decision, Jobs, Limits, Look, as_jobs, decide, nothing_is_left
+from null_backlog import Course, Decision, Jobs, Limits, Look, as_jobs, decide, nothing_is_left
 
 NOT_KNOWN = None
 

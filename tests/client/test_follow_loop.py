@@ -6,8 +6,8 @@ import gc
 
 import pytest
 
-import null_client
-from null_client import Progress, Stuck, follow
+import null_backlog
+from null_backlog import Progress, Stuck, follow
 from tests.kit.reservation import endpoint_of
 from tests.kit.waiting import eventually
 from tests.kit.worker import WORKERS, create, is_free, lease, release
@@ -136,13 +136,25 @@ async def test_one_that_has_ended_is_followed_by_the_next_within_a_second_or_so(
                 await release(worker)
 
 
-BAD_ANSWERS = ["many", None, "", -3, (1, 2, 3), (), 1.5, True, (1, "2"), "hangs", KeyError("jobs")]
+BAD_ANSWERS = [
+    "many",
+    None,
+    "",
+    -3,
+    (1, 2, 3, 4),
+    (),
+    1.5,
+    True,
+    (1, "2"),
+    "hangs",
+    KeyError("jobs"),
+]
 
 
 async def test_a_backlog_that_is_not_known_opens_nothing_takes_nothing_back_and_is_told_once(
     vast, monkeypatch
 ):
-    monkeypatch.setattr(null_client, "BACKLOG_TIMEOUT", 0.2)
+    monkeypatch.setattr(null_backlog, "BACKLOG_TIMEOUT", 0.2)
     async with following(vast, WORKERS + 2, (4, 0), settle=0.1) as this:
         await eventually(lambda: this.numbers == (WORKERS, 1))
         for answer in BAD_ANSWERS:
@@ -201,7 +213,7 @@ async def test_refused_it_asks_again_later_and_says_so_once(vast):
 async def test_others_reservations_count_and_none_is_opened_while_the_list_may_lag(
     vast, monkeypatch
 ):
-    monkeypatch.setattr(null_client, "LIST_LAG", 3.0)
+    monkeypatch.setattr(null_backlog, "LIST_LAG", 3.0)
     predecessors = next(iter(vast.workers.values()))
     session_id = await create(vast, predecessors)
     await eventually(lambda: predecessors.report["cur_load"])
@@ -221,8 +233,8 @@ async def test_others_reservations_count_and_none_is_opened_while_the_list_may_l
 async def test_a_list_that_fails_or_is_empty_is_replaced_by_the_last_one_for_a_while(
     vast, monkeypatch
 ):
-    monkeypatch.setattr(null_client, "LIST_KEPT", 1.0)
-    monkeypatch.setattr(null_client, "LIST_LAG", 0.5)
+    monkeypatch.setattr(null_backlog, "LIST_KEPT", 1.0)
+    monkeypatch.setattr(null_backlog, "LIST_LAG", 0.5)
 
     async def fails():
         raise RuntimeError("HTTP 500")
@@ -260,7 +272,7 @@ async def test_once_it_returns_when_nothing_was_left_for_settle_seconds(vast):
 
 
 async def test_once_it_gives_up_when_it_is_refused_for_long(vast, monkeypatch):
-    monkeypatch.setattr(null_client, "GIVE_UP", 1.0)
+    monkeypatch.setattr(null_backlog, "GIVE_UP_AFTER", 1.0)
     vast.failing_polls.extend([404] * 99)
     async with following(vast, jobs=(1, 0), once=True) as this:
         with pytest.raises(Stuck, match="given up after 10 minutes: not reserved: the autoscaler"):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-import null_client
-from null_client import reserve
+import null_reservation
+from null_reservation import reserve
 from null_worker import END, LOOK, PING
 from tests.kit.command import Command
 from tests.kit.reservation import endpoint_of, worker_at
@@ -18,11 +18,12 @@ from tests.kit.worker import is_free, release, renew
 pytestmark = pytest.mark.anyio
 
 HAND_OVER = """
-import asyncio, sys, null_client, null_local
+import asyncio, sys, null_local, null_reservation
 
 async def main(url, key, name):
     async with null_local.LocalClient(key, autoscaler_url=url, webserver_url=url) as client:
-        async with null_client.reserve(await client.get_endpoint(name), lifetime=3) as reservation:
+        endpoint = await client.get_endpoint(name)
+        async with null_reservation.reserve(endpoint, lifetime=3) as reservation:
             reservation.hand_over()
             print(reservation.session_id, reservation.url, flush=True)
             await asyncio.sleep(3600)
@@ -109,7 +110,7 @@ async def test_who_still_waits_for_a_handed_over_reservation_is_not_told_that_it
         async with reserve(endpoint) as reservation:
             waiter = asyncio.create_task(reservation.ended())
             reservation.hand_over()
-        with pytest.raises(null_client.ReservationError):
+        with pytest.raises(null_reservation.ReservationError):
             await asyncio.wait_for(waiter, 5)
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from null_client import keep_alive_due, reserve
+from null_reservation import keep_alive_due, reserve
 from null_worker import CREATE, LOOK, PING
 from tests.kit.autoscaler import silence, statuses
 from tests.kit.reservation import endpoint_of, expiration

@@ -7,8 +7,8 @@ import secrets
 
 import pytest
 
-import null_client
-from null_client import Refused, reserve
+import null_reservation
+from null_reservation import Refused, reserve
 from null_worker import CREATE
 from tests.kit.reservation import endpoint_of, worker_at
 from tests.kit.stub import ROUTE, stubbed
@@ -41,7 +41,7 @@ async def test_a_key_that_changes_while_a_reservation_waits_is_fetched_anew(vast
         for _ in range(2):
             vast.endpoint_key = secrets.token_hex(16)
             await eventually(lambda: endpoint.api_key == vast.endpoint_key)
-            await asyncio.sleep(null_client.KEY_FRESH)  # it was fetched just now
+            await asyncio.sleep(null_reservation.KEY_JUST_FETCHED)  # it was fetched just now
         assert not waiting.done()
         await release(worker_at(vast, held[0].url))
         assert (await asyncio.wait_for(waiting, 20)).url == held[0].url
@@ -70,11 +70,11 @@ async def test_a_web_api_that_fails_while_the_key_is_refused_is_asked_again():
         assert re.search(key, troubles[0])
         stub.key = "a third"
         stub.fate = lambda route, _: (502, b"") if route == WEB_API else None
-        await asyncio.sleep(null_client.KEY_FRESH)
+        await asyncio.sleep(null_reservation.KEY_JUST_FETCHED)
         stub.asked.clear()
         with pytest.raises(Refused, match="HTTP 401"):
             await reserve(endpoint).__aenter__()
-        assert len(stub.times(ROUTE)) == null_client.KEY_TRIES
+        assert len(stub.times(ROUTE)) == null_reservation.MAX_KEY_REFUSALS
         assert not stub.times(CREATE)
 
 

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from null_client import reserve
 from null_local import LocalClient
+from null_reservation import reserve
 from tests.kit.stub import stubbed
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +30,7 @@ async def test_an_endpoint_may_be_used_in_one_event_loop_after_the_other(caplog)
         await in_a_loop_of_its_own(job(stub, endpoint))
         await job(stub, endpoint)
         assert stub.left() == [] and len(stub.sessions) == 3
-    assert not [record for record in caplog.records if record.name == "null_client"]
+    assert not [record for record in caplog.records if record.name == "null_reservation"]
 
 
 async def test_an_endpoint_may_be_used_in_several_event_loops_at_once():

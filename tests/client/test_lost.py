@@ -6,9 +6,9 @@ import time
 import pytest
 from aiohttp import web
 
-import null_client
-from null_client import WorkerLost, reserve
+import null_reservation
 from null_local import hold_port
+from null_reservation import WorkerLost, reserve
 from null_worker import LOOK
 from tests.kit.reservation import endpoint_of, expiration, worker_at
 from tests.kit.stub import stubbed, truth
@@ -67,7 +67,7 @@ async def test_another_server_at_the_workers_address_is_not_taken_for_it(vast):
 
 
 async def test_looks_that_are_refused_now_and_then_are_no_end(monkeypatch):
-    monkeypatch.setattr(null_client, "PAUSE", 0.2)
+    monkeypatch.setattr(null_reservation, "LOOK_PAUSE", 0.2)
     async with stubbed() as (stub, endpoint), reserve(endpoint, lifetime=60) as reservation:
         stub.waits = False
         for _ in range(3):  # two to four looks each; five in a row would be the end

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from null_client import NotReserved, WorkerLost, reserve
+from null_reservation import NotReserved, WorkerLost, reserve
 from null_worker import CREATE, END, LOOK, PING
 from tests.kit.stub import GONE, ROUTE, first, stubbed
 from tests.kit.waiting import eventually

@@ -14,7 +14,7 @@ import time
 import aiohttp
 import pytest
 
-from null_client import NotReserved, reserve
+from null_reservation import NotReserved, reserve
 from null_worker import CREATE
 from tests.kit.autoscaler import statuses
 from tests.kit.environment import BARE, HERE
@@ -248,12 +248,12 @@ async def test_what_the_caller_asks_for_reaches_the_router_and_the_worker():
     assert message["auth_data"]["cost"] == 250
 
 
-async def test_the_readmes_reserve_needs_nothing_but_null_client(vast, tmp_path):
-    shutil.copy(HERE / "null_client.py", tmp_path)
+async def test_reserve_works_from_a_copy_of_its_file_alone(vast, tmp_path):
+    shutil.copy(HERE / "null_reservation.py", tmp_path)
     program = (
         "import asyncio, ssl, sys\n"
         "from vastai import Serverless\n"
-        "from null_client import reserve\n"
+        "from null_reservation import reserve\n"
         "class Client(Serverless):\n"
         "    async def get_ssl_context(self): return ssl.create_default_context()\n"
         "async def main():\n"

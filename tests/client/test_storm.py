@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from null_client import NotReserved, WorkerLost, reserve
 from null_local import LocalClient
+from null_reservation import NotReserved, WorkerLost, reserve
 from null_worker import CREATE
 from tests.kit.stub import Stub
 from tests.kit.waiting import eventually

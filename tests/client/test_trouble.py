@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from null_client import reserve
 from null_local import hold_port
+from null_reservation import reserve
 from null_worker import PING
 from tests.kit.command import Command
 from tests.kit.stub import ROUTE, first, stubbed
@@ -53,7 +53,7 @@ async def test_what_raises_beside_a_keep_alive_is_told_and_not_taken_for_an_unre
     def raises(_record):
         raise KeyError(RAISED)
 
-    log = logging.getLogger("null_client")
+    log = logging.getLogger("null_reservation")
     log.addFilter(raises)
     try:
         async with stubbed() as (stub, endpoint):

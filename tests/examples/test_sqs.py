@@ -7,8 +7,8 @@ import importlib.util
 import psutil
 import pytest
 
-from null_client import reserve
 from null_local import LocalVast
+from null_reservation import reserve
 from tests.kit.example import Example, kill, server, which
 
 pytestmark = pytest.mark.skipif(

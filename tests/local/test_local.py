@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import null_local
-from null_client import NotReserved, reserve
 from null_local import LocalVast, hold_port
+from null_reservation import NotReserved, reserve
 from tests.kit.command import Command
 from tests.kit.http import listens
 from tests.kit.processes import processes_of

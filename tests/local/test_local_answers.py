@@ -8,8 +8,8 @@ import aiohttp
 import pytest
 
 import null_local
-from null_client import reserve
 from null_local import LocalVast
+from null_reservation import reserve
 from tests.kit.autoscaler import statuses
 from tests.kit.environment import installed
 from tests.kit.http import on_the_wire, post, request

@@ -9,8 +9,8 @@ import uuid
 
 import pytest
 
-from null_client import NotReserved, reserve
 from null_local import GrowingFile, LocalVast, in_callers_place, of_the_caller
+from null_reservation import NotReserved, reserve
 from tests.kit.command import Command
 from tests.kit.environment import BARE
 from tests.kit.processes import marked

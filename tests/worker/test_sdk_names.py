@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from null_client import NotReserved, reserve
+from null_reservation import NotReserved, reserve
 from tests.kit.environment import BARE, HERE, ON_VAST
 from tests.kit.stub import ROUTE, stubbed
 
