@@ -74,7 +74,7 @@ def can_unshare():
     return bool(shutil.which("unshare")) and subprocess.run(command).returncode == 0
 
 
-@pytest.mark.skipif(not can_unshare(), reason="process namespaces not installed, or not allowed")
+@pytest.mark.skipif(not can_unshare(), reason="process namespaces are not allowed here")
 async def test_the_container_runs_and_ends_as_the_first_process(tmp_path):
     copy(tmp_path)
     (entry,), (arguments,) = instructions("ENTRYPOINT"), instructions("CMD")

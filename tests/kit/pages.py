@@ -60,7 +60,7 @@ def rows(text):
 
 
 def commands(text, name):
-    """The commands of a program in a shell script, as lists of words; variables stay as they are."""
+    """The calls of a program in a shell script, as lists of words; variables stay as they are."""
     joined = re.sub(r"\\\n\s*", " ", text)
     found = []
     for line in joined.splitlines():
