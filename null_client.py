@@ -51,7 +51,8 @@ def missing(module: str | None) -> str:
 
 
 try:
-    from null_backlog import follow, run_backlog, worker_word
+    from null_backlog import follow, worker_word
+    from null_count import run_backlog
     from null_reservation import WorkerLost, reserve
 except ModuleNotFoundError as error:
     if __name__ != "__main__":

@@ -337,7 +337,7 @@ class BacklogDisplay(Screen):
             ("asked for", asked),
             ("workers", self._workers),
         ]
-        return rows + [("trouble", text) for text in progress.troubles]
+        return rows + [("trouble", text) for text in progress.troubles.values()]
 
 
 def one_line(text: str) -> Text:

@@ -9,11 +9,11 @@ free worker; where there is none, start one; stop one that has been idle.
         async with vast.client() as client:
             endpoint = await client.get_endpoint(vast.endpoint_name)
 
-With `tls=True` (it takes `pip install trustme`) the workers are reached over HTTPS, as on Vast.
+It may run for days: it keeps no record without end.
 
 The parts, in this order: the client; one worker; the endpoint, which the others share; the
-certificates; the temporary folder; the scaling rule; the processes and their ports; the router's
-answers; and LocalVast, which puts them together.
+temporary folder; the scaling rule; the processes and their ports; the router's answers; and
+LocalVast, which puts them together.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ import functools
 import json
 import logging
 import os
+import re
 import runpy
 import secrets
 import shlex
@@ -36,11 +37,11 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 from Crypto.Hash import SHA256
@@ -48,13 +49,7 @@ from Crypto.PublicKey import RSA
 from Crypto.Signature import pkcs1_15
 from vastai import Serverless  # type: ignore[import-untyped]
 
-if TYPE_CHECKING:
-    import trustme
-
 WORKER = str(Path(__file__).with_name("null_worker.py"))
-INSTANCE_CERTIFICATE = "/etc/instance.crt"  # where Vast puts it, and the framework looks for it
-ROOT_FILE = "root.crt"  # in the temporary folder, as is the next one
-INSTANCE_FILE = "instance.pem"
 
 # What a worker here doesn't get of the caller's environment: it describes some other instance.
 OF_ANOTHER_INSTANCE = ("UNSECURED", "USE_SSL", "BACKEND_HEALTH_URL", "BACKEND_START_TIMEOUT")
@@ -72,11 +67,16 @@ ATTENTIVE = 10.0  # seconds without a poll, after which a place is kept, but hol
 PROMISE = 5.0  # seconds in which a routed request has to show up on its worker
 STOP_GRACE = 9.0  # seconds from SIGTERM to SIGKILL; the worker's drain takes 8 at most
 TAIL = 1 << 16  # bytes of a file that are read at once
+LARGEST_FILE = 64 << 20  # bytes of a file, above which it is emptied
 LONGEST_LINE = 1000  # characters of a line that is quoted
-QUOTED = 5  # last lines of what a COMMAND wrote that failed
+QUOTED = 5  # last lines of what a consumer wrote that failed
+KEPT = 20  # folders of workers whose consumer failed, at most; the oldest goes first
 GIVE_UP = 3  # workers in a row that ended before they were ready
 GIVEN_UP_FOR = 20.0  # seconds after the last of them, then another is tried: a disk was full, say
 PREFIX = "null-vast-"  # of the folder in the temporary directory
+KEPT_PREFIX = "null-consumers-"  # of the folder there that outlives this process
+
+FAILED = re.compile("null_consumer: (COMMAND|the consumer) failed: ")
 
 log = logging.getLogger("null_local")
 
@@ -84,17 +84,11 @@ _signing_key = functools.cache(RSA.generate)  # one for all in this process: it 
 
 
 class LocalClient(Serverless):  # type: ignore[misc]  # the SDK has no types
-    """The SDK's client, which trusts the root certificate in the file `authority`.
-
-    The SDK's own would download Vast's.
-    """
-
-    def __init__(self, *arguments: Any, authority: str | None = None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._context = ssl.create_default_context(cafile=authority)
+    """The SDK's client, which would download Vast's root certificate."""
 
     async def get_ssl_context(self) -> ssl.SSLContext:
-        return self._context
+        """Trust nobody: everything here is plain HTTP."""
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def lines_of(text: bytes) -> list[str]:
@@ -131,6 +125,13 @@ class GrowingFile:
         self._read = size
         return lines_of(text)[-most:]
 
+    def keep_small(self) -> None:
+        """Empty it where it has grown large. Whoever appends to it goes on at its new end."""
+        if self._size() > LARGEST_FILE:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, 0)
+            self._read = 0
+
     def _size(self) -> int:
         try:
             return self.path.stat().st_size
@@ -147,11 +148,12 @@ class GrowingFile:
 
 
 class ConsumerNews:
-    """What a worker's consumer says, and what its COMMAND wrote when that has failed."""
+    """What a worker's consumer says, and what it wrote when it has failed."""
 
     def __init__(self, log: Path, output: Path) -> None:
         self._log = GrowingFile(log)
         self._output = GrowingFile(output)
+        self.has_failed = False
 
     def latest(self) -> list[str]:
         """What came since the last call, a line each."""
@@ -159,8 +161,11 @@ class ConsumerNews:
         for line in self._log.new_lines():
             if line.startswith("null_consumer:"):
                 news.append(f": {line}")
-            if line.startswith("null_consumer: COMMAND failed:"):
+            if FAILED.match(line):
+                self.has_failed = True
                 news += [f" wrote: {wrote}" for wrote in self._output.last_lines(QUOTED)]
+        self._log.keep_small()
+        self._output.keep_small()
         return news
 
 
@@ -173,7 +178,7 @@ class LocalWorker:
     http_port: int
     control_port: int
     folder: str
-    scheme: str
+    url: str
     held: list[socket.socket]  # its ports, so that the system gives them to nobody else
     started_at: float = field(default_factory=time.time)
     process: asyncio.subprocess.Process | None = None
@@ -189,10 +194,6 @@ class LocalWorker:
     @property
     def ports(self) -> tuple[int, int, int]:
         return self.port, self.http_port, self.control_port
-
-    @property
-    def url(self) -> str:
-        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     @property
     def control_url(self) -> str:
@@ -271,7 +272,7 @@ def in_callers_place(line: str, environment: Mapping[str, str], output: Path | N
 class LocalEndpoint:
     """The one endpoint: its limits, keys and workers, and who waits for one.
 
-    The parts below share it. Tests read the record, change the keys, and switch on the faults.
+    The parts below share it.
     """
 
     endpoint_name = "local"
@@ -294,23 +295,11 @@ class LocalEndpoint:
         self.workers: dict[int, LocalWorker] = {}
         self.waiting: dict[int, float] = {}  # request index to when its place is lost, in order
         self.polled_at: dict[int, float] = {}  # request index to when it was last asked for
-        self.failed_starts: list[str] = []  # why, of each since a worker was last ready
+        self.started = 0  # workers in all
+        self.last_request = 0  # the highest request index
+        self.failed_starts = 0  # since a worker was last ready
+        self.last_failure = ""  # why the latest of them failed
         self.given_up_until = 0.0
-
-        # The record
-        self.reports: list[dict[str, Any]] = []  # each worker_status, with "received" (monotonic)
-        self.ended: list[dict[str, Any]] = []  # each request that a worker said has ended
-        self.polls = 0
-        self.started = 0
-        self.last_request = 0
-
-        # The faults
-        self.start_delay = 0.0  # seconds before a worker's process starts
-        self.failing_polls: list[int] = []  # statuses with which the next polls are answered
-        self.forgetful = False  # waiting answers lack the request_idx, as some of Vast's do
-        self.report_delay = 0.0  # seconds until a worker's report is acknowledged
-        self.overbooked = False  # route to occupied workers, as Vast with a long max_queue_time
-        self.publish_key = True  # False: the key server answers 404
 
     def tell(self, text: str) -> None:
         """Tell `on_event`. One that raises is not to end the scaling."""
@@ -347,32 +336,6 @@ class LocalEndpoint:
             "signature": self.sign(worker.url),
             "url": worker.url,
         }
-
-
-class Certificates:
-    """An authority of its own, and the certificate that it issues to all workers of one folder."""
-
-    def __init__(self, folder: str) -> None:
-        """Raises RuntimeError without the package trustme."""
-        self.authority = os.path.join(folder, ROOT_FILE)
-        self.instance = os.path.join(folder, INSTANCE_FILE)
-        self._root, self._issued = self._issue()
-
-    @staticmethod
-    def _issue() -> "tuple[trustme.CA, trustme.LeafCert]":
-        try:
-            import trustme
-        except ImportError:
-            raise RuntimeError(
-                "LocalVast(tls=True) needs the package trustme: pip install trustme"
-            ) from None
-        root = trustme.CA()
-        return root, root.issue_cert("127.0.0.1")
-
-    def write(self) -> None:
-        """Write both to their files."""
-        self._root.cert_pem.write_to_path(self.authority)
-        self._issued.private_key_and_cert_chain_pem.write_to_path(self.instance)
 
 
 class Folder:
@@ -448,16 +411,11 @@ def place_of(
     return place
 
 
-def worker_for(
-    place: int, workers: Iterable[LocalWorker], overbooked: bool = False
-) -> LocalWorker | None:
+def worker_for(place: int, workers: Iterable[LocalWorker]) -> LocalWorker | None:
     """The worker for a request with so many before it, or None: it has to wait."""
-    ready = [worker for worker in workers if worker.state == "IDLE"]
-    free = [worker for worker in ready if worker.free]
+    free = [worker for worker in workers if worker.free]
     if place < len(free):
         return free[0]
-    if overbooked and ready:
-        return (free or ready)[0]
     return None
 
 
@@ -524,19 +482,19 @@ class Instances:
         self,
         endpoint: LocalEndpoint,
         folder: Folder,
-        certificates: Certificates | None,
         report_address: str,
         environment: dict[str, str],
         control_port: int | None,
     ) -> None:
         self._endpoint = endpoint
         self._folder = folder
-        self._certificates = certificates
         self._report_address = report_address
         self._environment = environment
         self._control_port = control_port
         self._starting: set[asyncio.Task[None]] = set()
-        self._leaving = asyncio.Event()
+        self.leaving = asyncio.Event()
+        self._kept_in = ""  # made for the first folder that is kept
+        self._kept: deque[str] = deque()  # folders, the oldest first
 
     def start(self, environment: dict[str, str], script: str) -> LocalWorker:
         """Start one, with this environment besides; its process may come later, or never."""
@@ -549,11 +507,11 @@ class Instances:
             http_port=ports[1],
             control_port=ports[2],
             folder=os.path.join(self._folder.path, str(endpoint.started)),
-            scheme="http" if self._certificates is None else "https",
+            url=f"http://127.0.0.1:{ports[0]}",
             held=held,
         )
         endpoint.workers[worker.number] = worker
-        starting = asyncio.create_task(self._start(worker, environment, script))
+        starting = asyncio.create_task(self.start_process(worker, environment, script))
         self._starting.add(starting)
         starting.add_done_callback(self._starting.discard)
         return worker
@@ -571,13 +529,14 @@ class Instances:
             close_all(held)
         return held, ports
 
-    async def _start(self, worker: LocalWorker, environment: dict[str, str], script: str) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):  # the delay is over
-            await asyncio.wait_for(self._leaving.wait(), self._endpoint.start_delay)
-        if self._leaving.is_set():
+    async def start_process(
+        self, worker: LocalWorker, environment: dict[str, str], script: str
+    ) -> None:
+        """Start its process, unless all are being ended, and tell what came of it."""
+        if self.leaving.is_set():
             return
         try:
-            worker.process = await self._run(worker, environment, script)
+            worker.process = await self.run(worker, environment, script)
         except (OSError, ValueError) as error:  # ValueError: a NUL in its environment
             self._forget(worker, f"can't be started: {error}")
             return
@@ -585,14 +544,13 @@ class Instances:
         if worker.consumer is not None:
             self._endpoint.tell(f"worker {worker.number}: its consumer writes to {worker.output}")
 
-    async def _run(
+    async def run(
         self, worker: LocalWorker, environment: dict[str, str], script: str
     ) -> asyncio.subprocess.Process:
-        """Its process. Raises OSError."""
+        """Start its process. Raises OSError."""
         self.keep_folder()
         os.makedirs(worker.folder, exist_ok=True)
-        certificate = os.path.join(self._folder.path, INSTANCE_FILE)
-        program = (sys.executable, os.path.abspath(__file__), str(os.getpid()), script, certificate)
+        program = (sys.executable, os.path.abspath(__file__), str(os.getpid()), script)
         environment = self._environment_of(worker, environment)
         if environment.get("NULL_CONSUMER"):
             worker.consumer = ConsumerNews(worker.log, worker.output)
@@ -623,8 +581,6 @@ class Instances:
             "WORKER_HTTP_PORT": str(worker.http_port),
             "NULL_CONTROL_PORT": str(worker.control_port),
         }
-        if self._certificates:
-            environment["USE_SSL"] = "true"
         environment |= self._environment
         environment |= besides
         if environment.get("NULL_CONSUMER"):
@@ -640,15 +596,19 @@ class Instances:
 
         Raises OSError.
         """
-        if not self._folder.keep():
-            return
-        if self._certificates:
-            self._certificates.write()
-        for worker in self._endpoint.workers.values():
-            os.makedirs(worker.folder, exist_ok=True)
+        if self._folder.keep():
+            for worker in self._endpoint.workers.values():
+                os.makedirs(worker.folder, exist_ok=True)
+
+    def tell_news(self, worker: LocalWorker) -> None:
+        """Tell what its consumer said since the last call."""
+        if worker.consumer is not None:
+            for news in worker.consumer.latest():
+                self._endpoint.tell(f"worker {worker.number}{news}")
 
     def bury(self, worker: LocalWorker) -> bool:
-        """Whether its process has ended; the worker is then forgotten, and that is told."""
+        """Tell the worker's news. Return whether its process has ended; it is then forgotten."""
+        self.tell_news(worker)
         if worker.process is None or worker.process.returncode is None:
             return False
         status = worker.process.returncode
@@ -662,14 +622,33 @@ class Instances:
         del self._endpoint.workers[worker.number]
         close_all(worker.held)
         if not worker.was_ready:
-            reported = worker.report.get("error_msg")
-            self._endpoint.failed_starts.append(reported or why)
+            self._endpoint.failed_starts += 1
+            self._endpoint.last_failure = worker.report.get("error_msg") or why
             self._endpoint.given_up_until = time.monotonic() + GIVEN_UP_FOR
         self._endpoint.tell(f"worker {worker.number} {why}")
+        self.clear_up(worker)
+
+    def clear_up(self, worker: LocalWorker) -> None:
+        """Remove the folder of a worker that has ended, or keep it where its consumer failed."""
+        if worker.consumer is not None and worker.consumer.has_failed:
+            with contextlib.suppress(OSError):
+                self._keep(worker)
+        shutil.rmtree(worker.folder, ignore_errors=True)
+
+    def _keep(self, worker: LocalWorker) -> None:
+        """Move the worker's folder to where it outlives this process. Raises OSError."""
+        if not os.path.isdir(self._kept_in):
+            self._kept_in = tempfile.mkdtemp(prefix=KEPT_PREFIX)
+        kept = os.path.join(self._kept_in, str(worker.number))
+        os.rename(worker.folder, kept)
+        self._endpoint.tell(f"worker {worker.number}: what its consumer wrote is kept in {kept}")
+        self._kept.append(kept)
+        if len(self._kept) > KEPT:
+            shutil.rmtree(self._kept.popleft(), ignore_errors=True)
 
     async def stop(self) -> None:
         """End all: by SIGTERM, and after `STOP_GRACE` by SIGKILL."""
-        self._leaving.set()
+        self.leaving.set()
         workers = self._endpoint.workers.values()
         try:
             if self._starting:
@@ -681,7 +660,10 @@ class Instances:
             for worker in workers:
                 worker.send_signal(signal.SIGKILL)
             await self._wait_for_all(None)
-            close_all(held for worker in workers for held in worker.held)
+            for worker in workers:
+                close_all(worker.held)
+                self.tell_news(worker)
+                self.clear_up(worker)
 
     async def _wait_for_all(self, timeout: float | None) -> None:
         ends = [
@@ -732,42 +714,41 @@ class Router:
         keys = (self._endpoint.api_key, self._endpoint.endpoint_key)
         if key_of(request, await request.json()) not in keys:
             return refusal(401, "invalid API key")
-        return web.json_response(
-            [
-                {
-                    "id": worker.number,
-                    "status": worker.state,
-                    "cur_load": worker.report.get("cur_load", 0.0),
-                    "new_load": worker.report.get("new_load", 0.0),
-                    "perf": worker.report.get("max_perf", 0.0),
-                    "reqs_working": worker.report.get("num_requests_working", 0),
-                    "started_at": worker.started_at,
-                }
-                for worker in self._endpoint.workers.values()
-            ]
-        )
+        return web.json_response(self.listing())
+
+    def listing(self) -> list[dict[str, Any]]:
+        """What Vast's list of the endpoint's workers says."""
+        return [
+            {
+                "id": worker.number,
+                "status": worker.state,
+                "cur_load": worker.report.get("cur_load", 0.0),
+                "new_load": worker.report.get("new_load", 0.0),
+                "perf": worker.report.get("max_perf", 0.0),
+                "reqs_working": worker.report.get("num_requests_working", 0),
+                "started_at": worker.started_at,
+            }
+            for worker in self._endpoint.workers.values()
+        ]
 
     async def route(self, request: web.Request) -> web.Response:
         """One poll for a worker: the worker, or to wait."""
         endpoint = self._endpoint
-        endpoint.polls += 1
-        if endpoint.failing_polls:
-            return web.json_response(["out of order"], status=endpoint.failing_polls.pop(0))
         query = await request.json()
         if key_of(request, query) != endpoint.endpoint_key:
             return refusal(401, "invalid API key")
         if query["endpoint"] != endpoint.endpoint_name:
             return refusal(404, f"no endpoint {query['endpoint']!r}")
-        given_up = len(endpoint.failed_starts) >= GIVE_UP
+        given_up = endpoint.failed_starts >= GIVE_UP
         if given_up and time.monotonic() < endpoint.given_up_until:
-            why = endpoint.failed_starts[-1]
-            return refusal(409, f"{GIVE_UP} workers in a row failed to start; the last one: {why}")
+            why = f"{GIVE_UP} workers in a row failed to start; the last one"
+            return refusal(409, f"{why}: {endpoint.last_failure}")
 
         request_idx = query.get("request_idx") or endpoint.next_request()
         now = time.monotonic()
         self._keep_place(request_idx, now, query.get("replay_timeout", 60.0))
         place = place_of(request_idx, endpoint.waiting, endpoint.polled_at, now)
-        worker = worker_for(place, endpoint.workers.values(), endpoint.overbooked)
+        worker = self.choose(place)
         if worker is not None:
             worker.promised_to = request_idx
             worker.promised_until = now + PROMISE
@@ -776,6 +757,10 @@ class Router:
         if another_is_needed(place, endpoint.workers.values(), endpoint.max_workers):
             self._start_worker()
         return self._waiting_answer(request_idx)
+
+    def choose(self, place: int) -> LocalWorker | None:
+        """The worker for a request with so many before it, or None."""
+        return worker_for(place, self._endpoint.workers.values())
 
     def _keep_place(self, request_idx: int, now: float, replay_timeout: float) -> None:
         """Keep this one's place from now on, and drop those that were not kept."""
@@ -791,20 +776,17 @@ class Router:
 
     def _waiting_answer(self, request_idx: int) -> web.Response:
         states = Counter(worker.state for worker in self._endpoint.workers.values())
-        answer: dict[str, Any] = {
+        answer = {
             "endpoint": self._endpoint.endpoint_name,
+            "request_idx": request_idx,
             "status": ", ".join(f"{number} {state}" for state, number in states.items()),
         }
-        if not self._endpoint.forgetful:
-            answer["request_idx"] = request_idx
         return web.json_response(answer)
 
     # To workers
 
     async def public_key(self, _request: web.Request) -> web.Response:
         """The key server: by what the workers verify the router's signature."""
-        if not self._endpoint.publish_key:
-            raise web.HTTPNotFound
         return web.Response(text=self._endpoint.signing_key.public_key().export_key().decode())
 
     async def worker_status(self, request: web.Request) -> web.Response:
@@ -814,15 +796,13 @@ class Router:
         worker = endpoint.workers.get(report["id"])
         if worker is None or report["mtoken"] != endpoint.master_token:
             return refusal(403, "unknown worker")
-        endpoint.reports.append({**report, "received": time.monotonic()})
         if not worker.was_ready and report["max_perf"] and not report["error_msg"]:
             worker.was_ready = True
-            endpoint.failed_starts.clear()
+            endpoint.failed_starts = 0
             endpoint.tell(f"worker {worker.number} ready")
         if report["error_msg"] and not worker.report.get("error_msg"):
             endpoint.tell(f"worker {worker.number} reported an error: {report['error_msg']}")
         worker.report = report
-        await asyncio.sleep(endpoint.report_delay)
         if worker.promised_to in report["working_request_idxs"]:
             worker.promised_to = None
         return web.json_response({})
@@ -834,7 +814,6 @@ class Router:
         if worker is None or message["mtoken"] != self._endpoint.master_token:
             return refusal(403, "unknown worker")
         for ended in message["requests"]:
-            self._endpoint.ended.append({"worker_id": worker.number, **ended})
             if ended["request_idx"] == worker.promised_to:
                 worker.promised_to = None
         return web.json_response({})
@@ -884,9 +863,12 @@ async def served(routes: list[web.RouteDef]) -> AsyncIterator[str]:
 class LocalVast(LocalEndpoint):
     """Vast Serverless with one endpoint, on the loopback interface, for an `async with` block.
 
-    `environment` is added to every worker's. The attributes of LocalEndpoint are this one's too:
-    the record of what happened, and faults, for tests.
+    `environment` is added to every worker's.
     """
+
+    # What it is made of. Tests have a subclass that keeps a record and has faults.
+    router_class = Router
+    instances_class = Instances
 
     def __init__(
         self,
@@ -895,19 +877,17 @@ class LocalVast(LocalEndpoint):
         environment: dict[str, str] | None = None,
         control_port: int | None = 18999,
         on_event: Callable[[str], object] = log.info,
-        tls: bool = False,
     ) -> None:
         """`inactivity_timeout` is in seconds.
 
-        The first worker gets `control_port` where it is free, the others, and with None it too,
-        one from the system. `on_event` is told in one line what happens to the workers.
+        The first worker gets `control_port` where it is free. All others get a port from the
+        system, and with None the first one does. `on_event` is told in one line what happens to
+        the workers.
         """
         super().__init__(max_workers, inactivity_timeout, on_event)
         self.environment = environment or {}
         self.control_port = control_port
-        self.tls = tls
         self.folder = ""  # of the workers, in the block
-        self._certificates: Certificates | None = None
         self._origin = ""
         self._instances: Instances | None = None  # None: not entered
         self._undo = contextlib.AsyncExitStack()  # of what entering did
@@ -915,20 +895,14 @@ class LocalVast(LocalEndpoint):
     async def __aenter__(self) -> "LocalVast":
         async with contextlib.AsyncExitStack() as stack:  # undone if a step fails or is cancelled
             folder = stack.enter_context(Folder())
-            if self.tls:
-                self._certificates = Certificates(folder.path)
-                self._certificates.write()
-            router = Router(self, self.start_worker)
+            router = self.router_class(self, self.start_worker)
             self._origin = await stack.enter_async_context(served(router.routes()))
             self.folder = folder.path
-            self._instances = Instances(
-                self,
-                folder,
-                self._certificates,
-                self._origin,
-                self.environment,
-                self.control_port,
+            self._instances = self.instances_class(
+                self, folder, self._origin, self.environment, self.control_port
             )
+            if not (of_the_caller(os.environ) | self.environment).get("NULL_CONSUMER"):
+                self.tell("NULL_CONSUMER is not set: nothing will run on the workers")
             stack.push_async_callback(self._stop, asyncio.create_task(self._scale()))
             self._undo = stack.pop_all()
         return self
@@ -947,7 +921,7 @@ class LocalVast(LocalEndpoint):
         while not stopping.done():
             await asyncio.wait({stopping}, timeout=TICK)
             for worker in self.workers.values():
-                self._tell_news(worker)
+                self._entered().tell_news(worker)
         stopping.result()
 
     async def _scale(self) -> None:
@@ -955,27 +929,27 @@ class LocalVast(LocalEndpoint):
             await asyncio.sleep(TICK)
             with contextlib.suppress(OSError):  # the next start says what is wrong
                 self._entered().keep_folder()
-            for worker in list(self.workers.values()):
-                if worker.process is not None:
-                    self._look_after(worker)
+            self.look_around()
 
-    def _tell_news(self, worker: LocalWorker) -> None:
-        if worker.consumer is not None:
-            for news in worker.consumer.latest():
-                self.tell(f"worker {worker.number}{news}")
+    def look_around(self) -> None:
+        """Forget the workers that have ended, and ask those to end that aren't needed."""
+        for worker in list(self.workers.values()):
+            if worker.process is not None and not self._entered().bury(worker):
+                self._stop_if_idle(worker)
 
-    def _look_after(self, worker: LocalWorker) -> None:
-        self._tell_news(worker)
-        if self._entered().bury(worker):
-            return
+    def _stop_if_idle(self, worker: LocalWorker) -> None:
         now = time.monotonic()
         if not worker.free:
             worker.idle_since = now
         why = why_to_stop(worker, self.inactivity_timeout, now)
         if why is not None:
-            self.tell(f"worker {worker.number} stopping: {why}")
-            worker.stopping = True
-            worker.send_signal(signal.SIGTERM)
+            self.stop_worker(worker, why)
+
+    def stop_worker(self, worker: LocalWorker, why: str) -> None:
+        """Ask a worker to end."""
+        self.tell(f"worker {worker.number} stopping: {why}")
+        worker.stopping = True
+        worker.send_signal(signal.SIGTERM)
 
     def _entered(self) -> Instances:
         if self._instances is None:
@@ -988,16 +962,6 @@ class LocalVast(LocalEndpoint):
         self._entered()
         return self._origin
 
-    @property
-    def authority(self) -> str:
-        """The file of the root that issues the workers' certificates, for `curl --cacert`.
-
-        Raises RuntimeError without `tls`.
-        """
-        if self._certificates is None:
-            raise RuntimeError("only LocalVast(tls=True) has certificates")
-        return self._certificates.authority
-
     def client(self, **options: Any) -> Serverless:
         """A client of the SDK that talks to this Vast only; the options are its own."""
         defaults = {
@@ -1005,17 +969,11 @@ class LocalVast(LocalEndpoint):
             "autoscaler_url": self.url,
             "webserver_url": self.url,
         }
-        authority = self.authority if self.tls else None
-        return LocalClient(authority=authority, **(defaults | options))
+        return LocalClient(**(defaults | options))
 
-    def start_worker(
-        self, environment: dict[str, str] | None = None, script: str = WORKER
-    ) -> LocalWorker:
-        """Start one more worker process, whatever the load. It is ready when its `state` is IDLE.
-
-        `environment` is added to what all have.
-        """
-        return self._entered().start(environment or {}, script)
+    def start_worker(self) -> LocalWorker:
+        """Start one more worker, whatever the load. It is ready when its `state` is IDLE."""
+        return self._entered().start({}, WORKER)
 
 
 def kill_when_orphaned(parent: int) -> None:
@@ -1025,38 +983,17 @@ def kill_when_orphaned(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@contextlib.contextmanager
-def instance_certificate(certificate: str) -> Iterator[None]:
-    """Let this file stand in for the one that Vast puts on every instance."""
-    load = ssl.SSLContext.load_cert_chain
-
-    def load_cert_chain(
-        context: ssl.SSLContext, certfile: str, keyfile: str | None = None, password: Any = None
-    ) -> None:
-        if certfile == INSTANCE_CERTIFICATE:
-            load(context, certificate, None, password)
-        else:
-            load(context, certfile, keyfile, password)
-
-    ssl.SSLContext.load_cert_chain = load_cert_chain  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        ssl.SSLContext.load_cert_chain = load  # type: ignore[method-assign]
-
-
-def run_tied_to_parent(parent: int, script: str, certificate: str) -> None:
+def run_tied_to_parent(parent: int, script: str) -> None:
     """Run a script as the main program, in this process, which dies with its parent."""
     threading.Thread(target=kill_when_orphaned, args=(parent,), daemon=True).start()
     sys.argv = [script]
-    with instance_certificate(certificate):
-        runpy.run_path(script, run_name="__main__")
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or not os.path.isfile(sys.argv[2]):
+    if len(sys.argv) != 3 or not os.path.isfile(sys.argv[2]):
         sys.exit(
             "null_local: LocalVast starts its workers with this; "
             "to try it: python null_client.py --local"
         )
-    run_tied_to_parent(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    run_tied_to_parent(int(sys.argv[1]), sys.argv[2])

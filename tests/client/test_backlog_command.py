@@ -9,7 +9,8 @@ import time
 import psutil
 import pytest
 
-from null_backlog import Jobs, NotCounted, run_backlog
+from null_backlog import Jobs, NotCounted
+from null_count import run_backlog
 from tests.kit.command import Command
 from tests.kit.waiting import eventually
 

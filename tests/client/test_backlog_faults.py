@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from null_local import LocalVast
 from tests.kit.command import Command
 from tests.kit.environment import HERE
 from tests.kit.example import Example, kill
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import lease
 
@@ -81,7 +81,7 @@ async def test_a_dispatcher_that_is_killed_again_and_again_reserves_nothing_twic
     async def two_are_reserved(vast):
         return len(await reserved(vast)) == 2
 
-    async with LocalVast(4, 30, consumer, control_port=None) as vast, Watch(vast) as watch:
+    async with FaultyVast(4, 30, consumer, control_port=None) as vast, Watch(vast) as watch:
         assert await dispatch(vast, signal.SIGKILL) == -signal.SIGKILL
         assert await dispatch(vast, signal.SIGKILL) == -signal.SIGKILL
         assert await dispatch(vast, signal.SIGTERM) == 128 + signal.SIGTERM

@@ -165,7 +165,7 @@ async def test_a_backlog_that_is_not_known_opens_nothing_takes_nothing_back_and_
             assert this.numbers == (WORKERS, 1), answer
             (line,) = this.said
             assert line.startswith("backlog: ") and "\n" not in line
-            assert this.progress.troubles == (line,)
+            assert this.progress.troubles == {"backlog": line}
             this.jobs = (1, 3)
             await eventually(lambda: not this.progress.troubles)
             await eventually(lambda: this.progress.wanted == 4)
@@ -191,11 +191,11 @@ async def test_when_the_jobs_stay_where_they_are_it_holds_one_at_a_time_and_says
             letting_go.cancel()
         (line,) = this.said
         assert line.startswith("stuck: 3 reservations have ended and no job has moved")
-        assert this.progress.troubles == (line,)
+        assert this.progress.troubles == {"stuck": line}
 
-        this.jobs = (8, 1)
+        this.jobs = (7, 1)
         await eventually(lambda: this.numbers == (WORKERS, 0))
-        assert (this.progress.troubles, this.said) == ((), [line])
+        assert (this.progress.troubles, this.said) == ({}, [line, "stuck: over"])
 
 
 async def test_refused_it_asks_again_later_and_says_so_once(vast):
@@ -205,8 +205,9 @@ async def test_refused_it_asks_again_later_and_says_so_once(vast):
         await asyncio.sleep(0.8)
         assert len(vast.failing_polls) == 1  # the next try comes after a second, of one alone
         await eventually(lambda: this.numbers == (WORKERS, 0))
-        (line,) = this.said
-        assert line.startswith("not reserved: the autoscaler refuses: HTTP 404")
+        line, over = this.said
+        assert over == "refused: over"
+        assert line.startswith("refused: the autoscaler refuses: HTTP 404")
         await eventually(lambda: not this.progress.troubles)
 
 
@@ -251,7 +252,7 @@ async def test_a_list_that_fails_or_is_empty_is_replaced_by_the_last_one_for_a_w
             await this.looks_twice()
             assert this.said == []
             await eventually(lambda: this.said)
-            assert this.said[0].startswith(f"backlog: no list of workers from Vast: {text}")
+            assert this.said[0].startswith(f"vast: no list of workers: {text}")
             this.jobs = (2, 1)
             await this.looks_twice()
             assert (this.numbers, len(this.said)) == ((1, 0), 1)
@@ -275,5 +276,5 @@ async def test_once_it_gives_up_when_it_is_refused_for_long(vast, monkeypatch):
     monkeypatch.setattr(null_backlog, "GIVE_UP_AFTER", 1.0)
     vast.failing_polls.extend([404] * 99)
     async with following(vast, jobs=(1, 0), once=True) as this:
-        with pytest.raises(Stuck, match="given up after 10 minutes: not reserved: the autoscaler"):
+        with pytest.raises(Stuck, match="given up: refused: the autoscaler"):
             await asyncio.wait_for(this.task, 20)

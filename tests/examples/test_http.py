@@ -9,9 +9,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from null_local import LocalVast
 from tests.kit.environment import BARE, HERE, installed
 from tests.kit.http import request, server
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import release
 
@@ -97,7 +97,7 @@ async def create_over_tls(vast, worker):
 
 
 async def test_it_keeps_its_place_and_gets_the_worker_whatever_it_is_answered():
-    async with LocalVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast:
+    async with FaultyVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast:
         router = CrookedRouter(vast)
         command = ("sh", "-c", 'sleep 1; echo "$NULL_SESSION_ID $NULL_WORKER_URL"; exit 3')
         async with (
@@ -130,7 +130,7 @@ async def test_it_keeps_its_place_and_gets_the_worker_whatever_it_is_answered():
 
 async def test_without_a_command_it_waits_until_the_consumer_lets_the_worker_go():
     async with (
-        LocalVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast,
+        FaultyVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast,
         reserve(vast, vast.url) as process,
     ):
         worker = await eventually(lambda: ready(vast))
@@ -145,7 +145,7 @@ async def test_without_a_command_it_waits_until_the_consumer_lets_the_worker_go(
 async def test_a_signal_ends_the_command_and_lets_the_worker_go():
     command = ("sh", "-c", "echo started; exec sleep 60")
     async with (
-        LocalVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast,
+        FaultyVast(1, inactivity_timeout=30, control_port=None, tls=True) as vast,
         reserve(vast, vast.url, *command) as process,
     ):
         await asyncio.wait_for(process.stdout.readline(), 30)
@@ -157,7 +157,7 @@ async def test_a_signal_ends_the_command_and_lets_the_worker_go():
 
 async def test_an_endpoint_that_is_not_there_is_said():
     async with (
-        LocalVast(1, control_port=None, tls=True) as vast,
+        FaultyVast(1, control_port=None, tls=True) as vast,
         reserve(vast, vast.url, "true", VAST_ENDPOINT="other") as process,
     ):
         _, errors = await end_of(process)

@@ -7,9 +7,9 @@ import importlib.util
 import psutil
 import pytest
 
-from null_local import LocalVast
 from null_reservation import reserve
 from tests.kit.example import Example, kill, server, which
+from tests.kit.vast import FaultyVast
 
 pytestmark = pytest.mark.skipif(
     not (which("moto_server") and importlib.util.find_spec("boto3")),
@@ -89,7 +89,7 @@ async def test_the_model_stays_loaded_from_one_reservation_to_the_next(sqs, monk
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NULL_CONSUMER", str(sqs.folder / "consumer"))
     loaded = []
-    async with LocalVast(1, 60, control_port=None) as vast, vast.client() as client:
+    async with FaultyVast(1, 60, control_port=None) as vast, vast.client() as client:
         endpoint = await client.get_endpoint(vast.endpoint_name)
         for _ in range(2):
             await asyncio.to_thread(sqs.put, 1)

@@ -7,11 +7,7 @@ from tests.kit.waiting import eventually
 
 def ended(vast):
     """What workers said of requests of this test; of an earlier one's they may still be telling."""
-    return [
-        request
-        for request in vast.ended
-        if request["request_idx"] >= getattr(vast, "first_request", 0)
-    ]
+    return [request for request in vast.ended if request["request_idx"] >= vast.first_request]
 
 
 def statuses(vast):

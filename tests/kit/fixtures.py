@@ -6,8 +6,8 @@ import signal
 import aiohttp
 import pytest
 
-from null_local import LocalVast
 from tests.kit.http import post
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import WORKERS, epitaph
 
@@ -40,7 +40,7 @@ def anyio_backend():
 
 @pytest.fixture(scope="session")
 async def shared_vast():
-    async with LocalVast(max_workers=WORKERS, inactivity_timeout=3600, control_port=None) as vast:
+    async with FaultyVast(max_workers=WORKERS, inactivity_timeout=3600, control_port=None) as vast:
         yield vast
 
 
@@ -51,14 +51,9 @@ async def vast(shared_vast):
     for _ in range(WORKERS - len(shared_vast.workers)):
         shared_vast.start_worker()
     await eventually(lambda: all(worker.free for worker in shared_vast.workers.values()))
-    shared_vast.reports.clear()
-    shared_vast.ended.clear()
-    shared_vast.failed_starts.clear()
-    shared_vast.failing_polls.clear()
-    shared_vast.waiting.clear()
-    shared_vast.first_request = shared_vast.last_request + 1
+    shared_vast.begin_anew()
     yield shared_vast
-    shared_vast.overbooked, shared_vast.report_delay = False, 0.0
+    shared_vast.begin_anew()
     for worker in list(shared_vast.workers.values()):
         # It may be gone, and its port somebody else's.
         with contextlib.suppress(aiohttp.ClientError, ValueError):
@@ -73,5 +68,5 @@ def worker(vast):
 @pytest.fixture
 async def small_vast():
     """A LocalVast of its own, which scales back down."""
-    async with LocalVast(inactivity_timeout=4, control_port=None) as vast:
+    async with FaultyVast(inactivity_timeout=4, control_port=None) as vast:
         yield vast

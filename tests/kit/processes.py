@@ -11,12 +11,12 @@ _strangers = {}  # for each mark, the processes that don't have it, and when tha
 
 
 def processes_of(folder):
-    """The workers of the LocalVast with that folder, which is named in their arguments."""
+    """The workers of the LocalVast with that folder: each works in a folder of its own in it."""
     found = []
-    for arguments in Path("/proc").glob("[0-9]*/cmdline"):
+    for place in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):
-            if folder.encode() in arguments.read_bytes():
-                found.append(arguments.parent.name)
+            if os.readlink(place).startswith(f"{folder}/"):
+                found.append(place.parent.name)
     return found
 
 

@@ -147,6 +147,7 @@ def successor(vast, worker, **options):
     heir = vast.start_worker(**options)
     # Its process starts one step of the loop later.
     heir.port, heir.http_port, heir.control_port = worker.ports
+    heir.url = worker.url
     return heir
 
 

@@ -16,6 +16,7 @@ from tests.kit.command import Command
 from tests.kit.http import listens
 from tests.kit.processes import processes_of
 from tests.kit.reservation import endpoint_of, worker_at
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import fresh, release
 
@@ -44,14 +45,14 @@ async def test_a_local_run_leaves_no_worker_behind_however_it_ends(how):
 
 async def test_localvast_stops_its_workers_after_an_exception():
     with pytest.raises(KeyError):
-        async with LocalVast(control_port=None) as vast:
+        async with FaultyVast(control_port=None) as vast:
             worker = await fresh(vast)
             raise KeyError("job")
     assert worker.process.returncode == 0
 
 
 async def test_workers_start_on_demand_up_to_the_most_and_stop_when_idle():
-    async with LocalVast(max_workers=2, inactivity_timeout=4, control_port=None) as vast:
+    async with FaultyVast(max_workers=2, inactivity_timeout=4, control_port=None) as vast:
         async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
             assert not vast.workers
             waiting = [
@@ -68,7 +69,7 @@ async def test_workers_start_on_demand_up_to_the_most_and_stop_when_idle():
 
 
 async def test_a_slow_start_is_waited_for_and_shown():
-    async with LocalVast(control_port=None) as vast:
+    async with FaultyVast(control_port=None) as vast:
         vast.start_delay = 2
         async with endpoint_of(vast) as endpoint, contextlib.AsyncExitStack() as stack:
             opening = asyncio.ensure_future(stack.enter_async_context(reserve(endpoint)))
@@ -92,7 +93,7 @@ async def test_a_slow_start_is_waited_for_and_shown():
 )
 async def test_workers_that_cannot_start_end_the_wait(environment, why):
     events = []
-    async with LocalVast(
+    async with FaultyVast(
         control_port=None, environment=environment, on_event=events.append
     ) as vast:
         refused = f"HTTP 409.*3 workers in a row failed to start; the last one: .*{why}"
@@ -106,7 +107,7 @@ async def test_after_workers_that_could_not_start_another_is_tried_in_a_while(mo
     monkeypatch.setattr(null_local, "GIVEN_UP_FOR", 5.0)
     environment = {"CONTAINER_ID": "x"}
     async with (
-        LocalVast(control_port=None, environment=environment) as vast,
+        FaultyVast(control_port=None, environment=environment) as vast,
         endpoint_of(vast) as endpoint,
     ):
         with pytest.raises(NotReserved, match="3 workers in a row failed to start"):
@@ -115,14 +116,15 @@ async def test_after_workers_that_could_not_start_another_is_tried_in_a_while(mo
         del environment["CONTAINER_ID"]  # what was wrong is mended
         await asyncio.sleep(5.0)
         async with reserve(endpoint):
-            assert len(vast.failed_starts) == 0
+            assert vast.failed_starts == 0
 
 
 async def test_an_idle_worker_is_stopped_at_once_where_it_is_to_be_and_a_loading_one_is_not():
     events = []
-    async with LocalVast(inactivity_timeout=0, control_port=None, on_event=events.append) as vast:
+    async with FaultyVast(inactivity_timeout=0, control_port=None, on_event=events.append) as vast:
         vast.start_worker()
         await eventually(lambda: not vast.workers)
+    assert events.pop(0) == "NULL_CONSUMER is not set: nothing will run on the workers"
     assert [
         re.match(r"worker 1 (on|ready|stopping: idle|ended, status 0)", event)[1]
         for event in events
@@ -136,7 +138,7 @@ async def test_an_idle_worker_is_stopped_at_once_where_it_is_to_be_and_a_loading
 
 async def test_leaving_waits_for_the_starts_that_are_under_way():
     for delay in (0, 0.01, 60):
-        async with LocalVast(control_port=None) as vast:
+        async with FaultyVast(control_port=None) as vast:
             vast.start_delay = delay
             for _ in range(3):
                 vast.start_worker()
@@ -148,7 +150,7 @@ async def test_leaving_is_carried_through_a_cancellation_at_any_step():
     folders = []
 
     async def hold():
-        async with LocalVast(control_port=None) as vast:
+        async with FaultyVast(control_port=None) as vast:
             folders.append(vast.folder)
             vast.start_worker()
             await asyncio.sleep(3600)
@@ -179,7 +181,7 @@ def test_a_localvast_outside_of_its_block_says_so_in_a_line():
 async def test_of_two_localvasts_one_gets_the_control_port():
     with hold_port() as free:
         port = free.getsockname()[1]
-    async with LocalVast(control_port=port) as one, LocalVast(control_port=port) as other:
+    async with FaultyVast(control_port=port) as one, FaultyVast(control_port=port) as other:
         first = one.start_worker()
         assert first.control_port == port
         assert other.start_worker().control_port != port

@@ -8,13 +8,13 @@ import aiohttp
 import pytest
 
 import null_local
-from null_local import LocalVast
 from null_reservation import reserve
 from tests.kit.autoscaler import statuses
 from tests.kit.environment import installed
 from tests.kit.http import on_the_wire, post, request
 from tests.kit.malformed import WIRE
 from tests.kit.reservation import endpoint_of
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import WORKERS, create, lines_since, ready, release, until
 
@@ -39,7 +39,7 @@ async def test_a_request_that_is_no_longer_polled_for_keeps_its_place_and_holds_
 
 
 async def test_its_answers_look_like_vasts():
-    async with LocalVast(max_workers=1, control_port=None) as vast, vast.client() as client:
+    async with FaultyVast(max_workers=1, control_port=None) as vast, vast.client() as client:
         (endpoint,) = await client.get_endpoints()
         assert (await client.fetch_endpoint(endpoint.id)).config.endpoint_name == vast.endpoint_name
         query = {
@@ -81,7 +81,7 @@ async def test_its_answers_look_like_vasts():
 
 
 async def test_the_router_takes_the_endpoints_key_and_the_web_api_the_accounts():
-    async with LocalVast(max_workers=1, control_port=None) as vast, vast.client() as client:
+    async with FaultyVast(max_workers=1, control_port=None) as vast, vast.client() as client:
 
         async def route(key=None, bearer=None):
             query = {"endpoint": vast.endpoint_name, "cost": 100}
@@ -107,7 +107,7 @@ async def test_the_router_takes_the_endpoints_key_and_the_web_api_the_accounts()
 
 @installed("trustme")
 async def test_over_https_a_reservation_is_held_kept_handed_over_and_released():
-    async with LocalVast(max_workers=1, control_port=None, tls=True) as vast:
+    async with FaultyVast(max_workers=1, control_port=None, tls=True) as vast:
         async with endpoint_of(vast) as endpoint:
             async with reserve(endpoint, lifetime=3) as reservation:
                 assert reservation.url.startswith("https://")

@@ -5,16 +5,20 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import uuid
+from pathlib import Path
 
 import pytest
 
+import null_local
 from null_local import GrowingFile, LocalVast, in_callers_place, of_the_caller
 from null_reservation import NotReserved, reserve
 from tests.kit.command import Command
 from tests.kit.environment import BARE
 from tests.kit.processes import marked
 from tests.kit.reservation import endpoint_of
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import create, fresh
 
@@ -101,7 +105,7 @@ async def test_a_consumer_runs_in_the_callers_place_while_its_worker_is_reserved
     consumer.write_text('#!/bin/sh\necho "$PWD $VIRTUAL_ENV $PATH"\n')
     consumer.chmod(0o755)
     events = []
-    async with LocalVast(control_port=None, max_workers=1, on_event=events.append) as vast:
+    async with FaultyVast(control_port=None, max_workers=1, on_event=events.append) as vast:
         async with endpoint_of(vast) as endpoint, reserve(endpoint) as reservation:
             assert await reservation.ended(timeout=30)  # it has done its work
         (worker,) = vast.workers.values()
@@ -114,7 +118,7 @@ async def test_a_consumer_runs_in_the_callers_place_while_its_worker_is_reserved
 async def test_of_a_run_that_fails_the_last_five_lines_are_shown():
     events = []
     environment = {"NULL_CONSUMER": "seq 20 >&2; exit 7"}
-    async with LocalVast(
+    async with FaultyVast(
         control_port=None, environment=environment, on_event=events.append
     ) as vast:
         await create(vast, await fresh(vast))
@@ -126,6 +130,49 @@ async def test_of_a_run_that_fails_the_last_five_lines_are_shown():
     assert len([event for event in events if " wrote: " in event]) == 5
 
 
+async def test_what_a_consumer_wrote_is_kept_where_it_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(null_local, "KEPT", 1)
+    events = []
+    once = "seq 20; [ -e seen ] || { touch seen; exit 7; }"
+    for line, runs in ((f"cd {tmp_path}; {once}", 2), ("exit 7", 2), ("echo well", 1)):
+        environment = {"NULL_CONSUMER": line}
+        async with LocalVast(
+            1, 3, control_port=None, environment=environment, on_event=events.append
+        ) as vast:
+            for _ in range(runs):  # each on a worker of its own
+                async with endpoint_of(vast) as endpoint, reserve(endpoint) as reservation:
+                    await reservation.ended(timeout=30)
+                await eventually(lambda vast=vast: not vast.workers)
+            left = [path.name for path in Path(vast.folder).iterdir()]
+            assert left == []
+    kept = [
+        Path(event.rpartition(" ")[2])
+        for event in events
+        if "what its consumer wrote is kept in " in event
+    ]
+    assert len(kept) == 3
+    assert kept[0].joinpath("output").read_text().splitlines() == list(map(str, range(1, 21)))
+    assert "null_consumer: " in kept[0].joinpath("log").read_text()
+    # of the second LocalVast the older one went, as KEPT is 1
+    assert [path.exists() for path in kept] == [True, False, True]
+    assert sorted(tmp_path.glob("null-*")) == sorted({path.parent for path in kept})
+
+
+def test_a_file_that_has_grown_large_is_emptied_and_read_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(null_local, "LARGEST_FILE", 100)
+    path = tmp_path / "log"
+    file = GrowingFile(path)
+    with path.open("ab", buffering=0) as log:
+        log.write(b"x\n" * 50)
+        file.keep_small()
+        assert len(file.new_lines()) == 50
+        log.write(b"y\n")
+        file.keep_small()
+        log.write(b"z\n")
+        assert file.new_lines() == ["z"] and path.read_bytes() == b"z\n"
+
+
 async def test_empty_runs_in_the_callers_place_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     count = tmp_path / "count"
@@ -133,7 +180,7 @@ async def test_empty_runs_in_the_callers_place_too(tmp_path, monkeypatch):
     count.chmod(0o755)
     environment = {"NULL_CONSUMER": "exec sleep 1000", "NULL_EMPTY": "./count  # jobs"}
     async with (
-        LocalVast(control_port=None, environment=environment) as vast,
+        FaultyVast(control_port=None, environment=environment) as vast,
         endpoint_of(vast) as endpoint,
         reserve(endpoint) as reservation,
     ):
@@ -143,7 +190,7 @@ async def test_empty_runs_in_the_callers_place_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["NULL_GRACE", "NULL_RESIDENT"])
 async def test_a_consumers_bad_setting_is_told_to_who_asks_for_a_worker(name):
     environment = {"NULL_CONSUMER": "true", name: "soon"}
-    async with LocalVast(control_port=None, environment=environment) as vast:
+    async with FaultyVast(control_port=None, environment=environment) as vast:
         with pytest.raises(NotReserved, match=f"HTTP 409.*status 2.*{name} is 'soon', should be"):
             async with endpoint_of(vast) as endpoint, reserve(endpoint):
                 pass
@@ -155,7 +202,7 @@ STUBBORN = "trap '' TERM; echo started; setsid sh -c 'trap \"\" TERM; sleep 1000
 async def test_leaving_leaves_no_consumer_behind():
     mark = uuid.uuid4().hex
     environment = {"NULL_CONSUMER": STUBBORN, "MARK": mark}
-    async with LocalVast(
+    async with FaultyVast(
         control_port=None, environment=environment, inactivity_timeout=600
     ) as vast:
         workers = [await fresh(vast) for _ in range(2)]

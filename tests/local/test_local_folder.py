@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from null_local import LocalVast
 from tests.kit.environment import BARE, HERE, installed
 from tests.kit.processes import holds, processes_of
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import fresh
 
@@ -48,7 +48,7 @@ async def test_a_killed_localvast_leaves_no_worker_and_its_folder_to_the_next():
         await eventually(lambda: processes_of(folder) == [], timeout=5)
         os.kill(int(child), signal.SIGKILL)
         await eventually(lambda: not holds(int(child), folder))
-        async with LocalVast(control_port=None):
+        async with FaultyVast(control_port=None):
             assert not Path(folder).exists()
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -72,7 +72,7 @@ async def test_a_localvast_in_another_container_leaves_a_folder_that_is_in_use()
         "    async with LocalVast(control_port=None): pass\n"
         "asyncio.run(main())\n"
     )
-    async with LocalVast(control_port=None) as vast:
+    async with FaultyVast(control_port=None) as vast:
         other = await asyncio.create_subprocess_exec(
             *IN_ANOTHER_CONTAINER, script, env=BARE | {"PYTHONPATH": str(HERE)}
         )
@@ -83,7 +83,7 @@ async def test_a_localvast_in_another_container_leaves_a_folder_that_is_in_use()
 @installed("trustme")
 @pytest.mark.parametrize("tls", [False, True])
 async def test_a_folder_that_vanished_is_made_anew(tls):
-    async with LocalVast(control_port=None, tls=tls) as vast:
+    async with FaultyVast(control_port=None, tls=tls) as vast:
         shutil.rmtree(vast.folder)
         worker = await fresh(vast)
         shutil.rmtree(vast.folder)
@@ -91,7 +91,7 @@ async def test_a_folder_that_vanished_is_made_anew(tls):
         worker.process.kill()
         await eventually(lambda: worker.number not in vast.workers)
         await fresh(vast)
-        async with LocalVast(control_port=None):
+        async with FaultyVast(control_port=None):
             assert Path(vast.folder).exists()
     assert not Path(vast.folder).exists()
 
@@ -102,7 +102,7 @@ async def test_entering_that_is_cancelled_leaves_nothing(tls, tmp_path, monkeypa
     open_files = len(os.listdir("/proc/self/fd"))
     cancelled = 0
     for steps in range(12):
-        vast = LocalVast(control_port=None, tls=tls)
+        vast = FaultyVast(control_port=None, tls=tls)
         entering = asyncio.create_task(vast.__aenter__())
         for _ in range(steps):
             await asyncio.sleep(0)

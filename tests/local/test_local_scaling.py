@@ -5,6 +5,7 @@ import time
 import pytest
 
 from null_local import LocalWorker, another_is_needed, place_of, why_to_stop, worker_for
+from tests.kit.vast import overbooked_worker
 
 FREE = {"max_perf": 100.0, "cur_load": 0.0}
 OCCUPIED = {"max_perf": 100.0, "cur_load": 100.0}
@@ -12,7 +13,7 @@ BROKEN = {"max_perf": 100.0, "cur_load": 0.0, "error_msg": "it is sick"}
 
 
 def worker(report=None, **fields):
-    return LocalWorker(1, 1, 2, 3, "", "http", [], report=report or {}, **fields)
+    return LocalWorker(1, 1, 2, 3, "", "", [], report=report or {}, **fields)
 
 
 @pytest.mark.parametrize(
@@ -31,25 +32,25 @@ def test_the_place_of_a_request_is_after_those_that_still_ask(waiting, ago, plac
 
 
 @pytest.mark.parametrize(
-    ("place", "reports", "overbooked", "chosen"),
+    ("choose", "place", "reports", "chosen"),
     [
-        (0, [], False, None),
-        (0, [{}], False, None),
-        (0, [FREE], False, 0),
-        (0, [OCCUPIED, FREE], False, 1),
-        (0, [BROKEN, FREE], False, 1),
-        (1, [FREE], False, None),  # it is for the one before
-        (1, [FREE, FREE], False, 0),
-        (0, [OCCUPIED], False, None),
-        (0, [OCCUPIED], True, 0),
-        (0, [OCCUPIED, FREE], True, 1),
-        (0, [BROKEN], True, None),
+        (worker_for, 0, [], None),
+        (worker_for, 0, [{}], None),
+        (worker_for, 0, [FREE], 0),
+        (worker_for, 0, [OCCUPIED, FREE], 1),
+        (worker_for, 0, [BROKEN, FREE], 1),
+        (worker_for, 1, [FREE], None),  # it is for the one before
+        (worker_for, 1, [FREE, FREE], 0),
+        (worker_for, 0, [OCCUPIED], None),
+        (overbooked_worker, 0, [OCCUPIED], 0),
+        (overbooked_worker, 0, [OCCUPIED, FREE], 1),
+        (overbooked_worker, 0, [BROKEN], None),
     ],
 )
-def test_a_request_gets_a_free_worker(place, reports, overbooked, chosen):
+def test_a_request_gets_a_free_worker(choose, place, reports, chosen):
     workers = [worker(report) for report in reports]
     expected = None if chosen is None else workers[chosen]
-    assert worker_for(place, workers, overbooked) is expected
+    assert choose(place, workers) is expected
 
 
 def test_a_worker_that_was_promised_is_not_free_until_that_is_over():

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from null_local import LocalVast, hold_port
+from null_local import hold_port
 from tests.kit.autoscaler import ended, statuses
 from tests.kit.environment import BARE, HERE, ON_VAST
 from tests.kit.http import Callbacks, listens, post, server
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import catches, eventually
 from tests.kit.worker import create, drained, driver, fresh, ready, release, until
 
@@ -108,7 +109,7 @@ async def test_a_second_signal_ends_it_at_once(vast):
 async def test_whatever_hangs_the_drain_ends_in_time_and_says_what_was_not_done(tmp_path):
     blocking = driver(tmp_path, "async def block(**_): time.sleep(60)", "null_worker._pong = block")
     callbacks = Callbacks(hang=True)
-    async with server(callbacks.route) as origin, LocalVast(control_port=None) as vast:
+    async with server(callbacks.route) as origin, FaultyVast(control_port=None) as vast:
         blocked = vast.start_worker(script=blocking)
         workers = [blocked, deserted, mute] = [blocked, vast.start_worker(), vast.start_worker()]
         for worker in workers:

@@ -8,8 +8,9 @@ import time
 import pytest
 from aiohttp import web
 
-from null_local import LocalVast, hold_port
+from null_local import hold_port
 from tests.kit.http import consumer_health, listens, server
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import create, driver, exit_status, fresh, killed, ready, until
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_without_the_public_key_a_worker_is_not_ready_and_takes_no_session():
-    async with LocalVast(control_port=None) as vast:
+    async with FaultyVast(control_port=None) as vast:
         vast.publish_key = False
         worker = vast.start_worker()
         await eventually(lambda: listens(worker.control_port))
@@ -131,7 +132,7 @@ async def test_a_worker_is_ready_within_two_seconds_of_its_consumer(vast, second
 async def test_a_consumer_that_is_never_well_is_the_workers_error():
     async with (
         server(consumer_health({"health": 503})) as origin,
-        LocalVast(control_port=None) as vast,
+        FaultyVast(control_port=None) as vast,
     ):
         environment = {"BACKEND_HEALTH_URL": f"{origin}/health", "BACKEND_START_TIMEOUT": "2"}
         worker = vast.start_worker(environment)

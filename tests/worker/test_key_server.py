@@ -6,8 +6,8 @@ import time
 import pytest
 from aiohttp import web
 
-from null_local import LocalVast
 from tests.kit.http import listens, server
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import create, driver, exit_status, killed, until
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_it_is_waited_for_and_the_worker_ready_soon_after_it_came():
-    async with LocalVast(control_port=None) as vast:
+    async with FaultyVast(control_port=None) as vast:
         vast.publish_key = False
         worker = vast.start_worker()
         await until(worker, lambda: listens(worker.port))
@@ -29,7 +29,7 @@ async def test_it_is_waited_for_and_the_worker_ready_soon_after_it_came():
 
 
 async def test_one_that_never_comes_is_the_workers_error():
-    async with LocalVast(control_port=None) as vast:
+    async with FaultyVast(control_port=None) as vast:
         vast.publish_key = False
         worker = vast.start_worker({"BACKEND_START_TIMEOUT": "2"})
         await eventually(lambda: worker.report.get("error_msg"))

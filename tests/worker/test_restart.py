@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 
-from null_local import LocalVast
 from tests.kit.http import Callbacks, server
+from tests.kit.vast import FaultyVast
 from tests.kit.worker import create, driver, exit_status, fresh, killed, ready, successor, until
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +44,7 @@ async def test_a_killed_worker_is_ready_again_on_its_ports(vast):
 
 async def test_a_port_that_stays_taken_is_the_workers_error(tmp_path):
     script = driver(tmp_path, "null_worker.PORT_WAIT = 1")
-    async with LocalVast(control_port=None) as vast, contextlib.AsyncExitStack() as stack:
+    async with FaultyVast(control_port=None) as vast, contextlib.AsyncExitStack() as stack:
         workers = []
         for name in ("port", "http_port", "control_port"):
             origin = await stack.enter_async_context(server())
