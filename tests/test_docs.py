@@ -181,6 +181,26 @@ def test_settings_in_running_text_are_read_somewhere():
         assert set(SETTING.findall(text)) <= read, page
 
 
+# Troubles and metrics
+
+
+def troubles_of_page():
+    return [
+        name.strip("`").removesuffix(":")
+        for name, *_ in rows(section("docs/operating.md", "Troubles by name"))
+    ]
+
+
+def test_the_troubles_of_the_page_are_those_of_the_code():
+    (notes,) = [
+        node
+        for node in ast.walk(ast.parse((HERE / "null_backlog.py").read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "_note_troubles"
+    ]
+    (names,) = [node.keys for node in ast.walk(notes) if isinstance(node, ast.Dict)]
+    assert troubles_of_page() == ["backlog", *(name.value for name in names)]
+
+
 # The project's own description
 
 

@@ -7,12 +7,14 @@ import sys
 
 import pytest
 
+import null_backlog
 import null_client
 import null_consumer
+import null_reservation
 import null_worker
 from tests.kit.environment import BARE, HERE
 from tests.kit.example import PATH
-from tests.kit.pages import PAGES, block_with, blocks, commands
+from tests.kit.pages import PAGES, block_with, blocks, commands, rows, section
 from tests.kit.waiting import eventually
 from tests.kit.worker import create, is_free, lease, release
 from tests.test_docs import COMING
@@ -36,6 +38,7 @@ RUN_BY = {
 # Blocks that no test can run, and why.
 NOT_RUN = {
     "/venv/main/bin/pip": "needs Vast's base image",
+    r"pip install '\.\[metrics": "installs into the environment that these tests run in",
     "/opt/null-pyworker": "needs root, and writes to the system",
     "systemctl": "needs a running systemd",
     "docker build": "needs a container engine",
@@ -78,6 +81,29 @@ def test_they_print_the_signature_of(function):
         else:
             expected.append(f"{parameter.name}={'...' if callable(default) else default}")
     assert printed.split(", ") == expected
+
+
+def names_of_tables(heading):
+    """What stands in the first column of a section's tables, one name each."""
+    first = [name for name, *_ in rows(section("docs/api.md", heading))]
+    return re.findall(r"`(?:await )?(\w+)", " ".join(first))
+
+
+def test_they_name_all_of_a_reservation_and_of_the_exceptions():
+    named = names_of_tables("Python: `reserve()`")
+    exceptions = [name for name in null_reservation.__all__ if name not in OF_RESERVE]
+    made_at_its_start = re.findall(
+        r"self\.([a-z]\w+)(?:: \w+)? =", inspect.getsource(null_reservation.Reservation.__init__)
+    )
+    of_class = [name for name in vars(null_reservation.Reservation) if name[0] != "_"]
+    assert {*exceptions, *made_at_its_start, *of_class} <= set(named)
+
+
+OF_RESERVE = ("reserve", "Reservation", "UnreachableWorkers")
+
+
+def test_they_name_all_of_progress():
+    assert tuple(names_of_tables("Python: `follow()`")) == null_backlog.Progress._fields
 
 
 def test_its_jobs_are_done_by_three_workers(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.kit.environment import HERE, installed
+from tests.kit.environment import HERE, installed, run
 from tests.kit.pages import blocks
 from tests.kit.waiting import eventually
 
@@ -46,6 +46,21 @@ def value_of(name):
 def test_the_unit_knows_the_exit_statuses_of_the_command():
     assert int(value_of("SuccessExitStatus")) == 128 + signal.SIGTERM
     assert int(value_of("RestartPreventExitStatus")) == 2
+
+
+@pytest.mark.parametrize("of", ["unit", "container"])
+def test_the_command_lacks_nothing_but_a_key(of, tmp_path):
+    if of == "unit":
+        python, script, *arguments = shlex.split(value_of("ExecStart"))
+        assert (Path(python).name, script) == ("python", "null_client.py")
+    else:
+        (entry,), (call,) = instructions("ENTRYPOINT"), instructions("CMD")
+        assert json.loads(entry) == ["python", "null_client.py"]
+        arguments = json.loads(call)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = run([sys.executable, "null_client.py", *arguments], environment)
+    assert done.returncode == 2
+    assert "no API key" in done.stderr
 
 
 def instructions(name):
