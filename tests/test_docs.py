@@ -1,9 +1,11 @@
 """What the pages say agrees with the code, with each other, and with the command `vastai`."""
 
 import ast
+import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -16,6 +18,24 @@ from tests.kit.pages import PAGES, blocks, commands, rows, section
 
 API = "docs/api.md"
 CODE = sorted(HERE.glob("null_*.py"))
+
+
+def strings(path):
+    """The texts in a module, without its docstrings."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in docstrings
+    ]
 
 
 # Links
@@ -58,6 +78,7 @@ def test_each_page_is_linked_from_the_readme():
 COMING = {"--debug", "--diagnose", "--metrics", "--version", "--watch"}
 
 
+@functools.cache
 def options(*command):
     """Return what a command's --help says of each flag."""
     environment = {**BARE, "COLUMNS": "1000"}
@@ -123,29 +144,12 @@ def test_flags_in_running_text_are_there():
 # Settings
 
 SETTING = re.compile(r"\b(?:NULL|BACKEND)_[A-Z_]*[A-Z]\b|\bUNSECURED\b")
-NOT_OURS = {"BACKEND"}
-
-
-def strings(path):
-    """The texts in a module, without its docstrings."""
-    tree = ast.parse(path.read_text())
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)
-    }
-    return [
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant)
-        and isinstance(node.value, str)
-        and id(node) not in docstrings
-    ]
+INTERNAL = {"NULL_PLACE"}  # from one of our programs to another
 
 
 def settings_of_code():
-    return {name for path in CODE for text in strings(path) for name in SETTING.findall(text)}
+    named = {name for path in CODE for text in strings(path) for name in SETTING.findall(text)}
+    return named - INTERNAL
 
 
 def settings_table():
@@ -165,11 +169,14 @@ def test_the_defaults_of_the_settings_are_those_of_the_page():
     for name, default in null_worker.DEFAULTS.items():
         if name in page:
             assert page[name] == default, name
-    defaults = null_consumer.Settings()._asdict()
-    for name, default in defaults.items():
-        expected = {None: "", False: "false"}.get(default) if default in (None, False) else default
+    for name, default in null_consumer.Settings()._asdict().items():
         text = page[f"NULL_{name.upper()}"]
-        assert text == expected or float(text) == expected, name
+        if isinstance(default, float):
+            assert float(text) == default, name
+        elif isinstance(default, signal.Signals):
+            assert f"SIG{text}" == default.name
+        else:
+            assert text == {None: "", False: "false"}.get(default, str(default)), name
 
 
 def test_settings_in_running_text_are_read_somewhere():
@@ -199,6 +206,38 @@ def test_the_troubles_of_the_page_are_those_of_the_code():
     ]
     (names,) = [node.keys for node in ast.walk(notes) if isinstance(node, ast.Dict)]
     assert troubles_of_page() == ["backlog", *(name.value for name in names)]
+
+
+# Lines that programs print
+
+LINES = [
+    (page, line)
+    for page, heading in [
+        ("docs/troubleshooting.md", "The command ends at once"),
+        ("docs/troubleshooting.md", "Lines of the dispatcher"),
+        ("docs/troubleshooting.md", "Lines of the consumer's side"),
+        ("docs/troubleshooting.md", "Lines and errors of the worker"),
+        ("docs/troubleshooting.md", "Answers of the worker"),
+    ]
+    for row in rows(section(page, heading))
+    for line in re.findall(r"`([^`]+)`", row[0])
+]
+TEXTS = [text for path in CODE for text in strings(path)]
+
+
+# What is filled in, and so separates the phrases of a line.
+FILLED_IN = re.compile(
+    r"""\.\.\. | [\d.:]*\d[\d.:]* | '[^']*' | "[^"]*" | https?:// | --[\w-]+ | \w+\.py | /[a-z/]+
+    | [:;,()=#] | \b(?:or|and|after|HTTP)\b""",
+    re.VERBOSE,
+)
+
+
+@pytest.mark.parametrize(("page", "line"), LINES)
+def test_a_line_is_printed_by_the_code(page, line):
+    """Each of its phrases is."""
+    for phrase in FILLED_IN.split(line):
+        assert any(phrase.strip() in text for text in TEXTS), phrase
 
 
 # The project's own description

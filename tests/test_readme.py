@@ -119,16 +119,16 @@ def test_its_jobs_are_done_by_three_workers(tmp_path):
     assert b"workers: 3 reserved" in done.stdout
 
 
-CALLS = [
-    (block.page, words)
+CALLS = {
+    tuple(words)
     for block in BLOCKS
     for words in commands(block.text, "null_client.py")
     if "--local" not in words and not COMING & set(words)
-]
+}
 
 
-@pytest.mark.parametrize(("page", "words"), CALLS)
-def test_its_calls_of_the_command_lack_nothing_but_a_key(page, words, tmp_path):
+@pytest.mark.parametrize("words", sorted(CALLS))
+def test_its_calls_of_the_command_lack_nothing_but_a_key(words, tmp_path):
     done = subprocess.run(
         [sys.executable, "null_client.py", *words],
         cwd=HERE,
@@ -138,7 +138,7 @@ def test_its_calls_of_the_command_lack_nothing_but_a_key(page, words, tmp_path):
         timeout=60,
     )
     assert done.returncode == 2
-    assert "no API key" in done.stderr, page
+    assert "no API key" in done.stderr
 
 
 async def test_its_resident_consumer_works_and_releases(vast, worker):
