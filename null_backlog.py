@@ -2,9 +2,9 @@
 
     await follow(endpoint, backlog, most)
 
-`follow()` counts the jobs, looks at Vast's list of workers, and lets `decide()`, a pure function of
-numbers, say how many workers to ask for. Each worker is handed over to its consumer at once, which
-keeps it for as long as it finds jobs. Needs null_reservation.py beside it.
+`follow()` counts the jobs, looks at Vast's list of workers, and lets null_rule.py say how many
+workers to ask for. Each worker is handed over to its consumer at once, which keeps it for as long
+as it finds jobs. Needs null_reservation.py and null_rule.py beside it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,19 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import null_rule
 from null_reservation import (
     Refused,
     Reservation,
@@ -26,24 +35,25 @@ from null_reservation import (
     WorkerLost,
     reserve,
 )
+from null_rule import (
+    Decision,
+    History,
+    Jobs,
+    Limits,
+    Snapshot,
+    decide,
+    is_stranded,
+    nothing_is_left,
+)
 
 if TYPE_CHECKING:
     from vastai import Endpoint  # type: ignore[import-untyped]
 
 __all__ = ["Jobs", "NotCounted", "Progress", "Stuck", "follow"]
 
-LIST_LAG = 15.0  # seconds by which Vast's list of workers may be behind
-LIST_KEPT = 60.0  # seconds for which the last list counts while no newer one comes
 LIST_TIMEOUT = 10.0  # seconds for Vast's list
 BACKLOG_TIMEOUT = 20.0  # seconds for the backlog to be counted
-
-STUCK_AFTER = 3  # own reservations that have ended while nothing moved
-GROWTH = 120.0  # seconds for which a number that grows may hide that jobs get done
-WORKED_AFTER = 30.0  # seconds in hand after which a job counts as worked on
-GHOST_AFTER = 600.0  # seconds without a job after which another's reservation doesn't count
-STRANDED_AFTER = 60.0  # seconds
-LONGEST_PAUSE = 60.0  # seconds between two requests that are likely to be in vain
-LONGEST_RESCUE_PAUSE = 3600.0  # seconds between two workers for stranded jobs
+WATCH_PAUSE = 0.1  # seconds between two readings of a backlog that tells its changes
 
 IDLE_AFTER = 120.0  # seconds without a job after which a reserved worker is told
 WAITING_AFTER = 600.0  # seconds without a new worker after which that is told
@@ -51,8 +61,8 @@ GIVE_UP_AFTER = 600.0  # seconds of one trouble after which `once` ends
 NEVER_COUNTED_AFTER = 60.0  # seconds likewise, where the backlog was never counted
 
 STUCK_TEXT = (
-    f"{STUCK_AFTER} reservations have ended and no job has moved, so one is held at a time. "
-    "Look at the consumers: do they run, and pull from the queue that is counted here?"
+    f"{null_rule.STUCK_AFTER} reservations have ended and no job has moved, so one is held at a "
+    "time. Look at the consumers: do they run, and pull from the queue that is counted here?"
 )
 STRANDED_TEXT = (
     "{} in hand, and no reserved worker can have them. Who held them is probably gone; one worker "
@@ -90,263 +100,14 @@ WORDS = {
 log = logging.getLogger("null_backlog")
 
 
-class Jobs(NamedTuple):
-    """A backlog: the jobs that aren't done."""
-
-    waiting: int  # where only one number is known, the jobs in hand too
-    in_hand: int | None = None
-    done: int | None = None  # ever done or put aside
-
-    @property
-    def total(self) -> int:
-        return self.waiting + (self.in_hand or 0)
-
-
-class Limits(NamedTuple):
-    """What the caller of follow() has set."""
-
-    most: int  # reservations
-    jobs_per_worker: int = 1
-    settle: float = 30.0  # seconds
-
-    def workers_for(self, jobs: int) -> int:
-        """Round up, exactly for numbers of any size."""
-        return -(-jobs // self.jobs_per_worker)
-
-
-class Snapshot(NamedTuple):
-    """What follow() sees at one moment, in numbers. Times are in seconds, by one steady clock."""
-
-    at: float
-    jobs: Jobs | None  # None: not known
-    listed: int | None  # reserved workers on Vast's list, whoever's they are; None: not known
-    most_own: int = 0  # own reservations held at a time, from LIST_LAG before the list on
-    own: Sequence[float] = ()  # when each own reservation that is held was opened
-    last_opened: float = -math.inf  # when the latest own reservation was opened, held or not
-    asked: int = 0  # own requests that wait for a worker
-    ended: int = 0  # own reservations that have ended since the start
-    unreachable: int = 0  # workers that the router has named and nobody reached
-    refused_until: float | None = None  # while Vast refuses: when to ask again
-
-
-Counts = tuple[tuple[float, int], ...]  # when, and how many
-
-
-class Mark(NamedTuple):
-    """A moment, and how things were then."""
-
-    at: float
-    jobs: int
-    ended: int
-
-
-class History(NamedTuple):
-    """What the snapshots so far leave behind for the next one."""
-
-    not_before: float | None = None  # when to ask for the first worker; None: no list has come yet
-    others: Counts = ()  # reservations of others, for the last LIST_LAG
-    jobless: Counts = ()  # reservations of others that had no job
-    ghosts: int = 0  # reservations of others that had no job for GHOST_AFTER: they don't count
-    wanted: Counts = ()  # workers, for the last `settle` seconds
-    last_wanted: int = 0
-    jobs: Jobs | None = None  # the last ones that were known
-    pulled_at: float = -math.inf  # when a count last showed that jobs are pulled
-    moved: Mark = Mark(-math.inf, 0, 0)  # when jobs last moved, or before the first end since
-    stuck: bool = False
-    stranded_since: float | None = None
-    rescues: int = 0  # workers asked for since then
-    none_since: float | None = None  # when the first of the latest counts found no job
-    counts_of_none: int = 0
-
-
-class Decision(NamedTuple):
-    """What to do now."""
-
-    wanted: int = 0  # workers in all
-    others: int = 0  # reserved by others
-    ask: int = 0  # for so many more
-    take_back: int = 0  # so many requests, the latest ones
-
-
-def decide(limits: Limits, history: History, now: Snapshot) -> tuple[History, Decision | None]:
-    """Say how many workers to ask for or take back. None: not known, so do neither.
-
-    The rule was tried in tests/simulation.py. Change it there first.
-    """
-    history = _note_list(history, now)
-    history = history._replace(wanted=_since(now.at - limits.settle, history.wanted))
-    if now.jobs is None or not history.others:
-        return _note_gap(history, now), None
-    history = _note_jobs(history, now, now.jobs)
-    loading = sum(opened_at > history.pulled_at for opened_at in now.own)
-    history = _note_ghosts(history, now, now.jobs, own_working=len(now.own) - loading)
-    others = max(count for _, count in history.others) - history.ghosts
-    reserved = len(now.own) + others
-    history = _note_stranded(history, now, now.jobs, working=reserved - loading)
-    wanted = _wanted(limits, history, now, now.jobs, working=reserved - loading)
-    history = history._replace(wanted=(*history.wanted, (now.at, wanted)), last_wanted=wanted)
-    ask = wanted - reserved - now.asked
-    take_back = now.asked - max(0, max(count for _, count in history.wanted) - reserved)
-    if history.stuck:
-        ask = min(ask, _one_at_a_time(history, now))
-        take_back = max(take_back, now.asked - 1)
-    if history.not_before is None or now.at < history.not_before:
-        ask = 0
-    if now.refused_until is not None:
-        ask = min(ask, 1 - now.asked) if now.at >= now.refused_until else 0
-    if is_stranded(history, now.at):
-        ask = min(ask, _rescue_is_due(history, now))
-        history = history._replace(rescues=history.rescues + max(0, ask))
-    return history, Decision(wanted, others, max(0, ask), max(0, take_back))
-
-
-def _note_gap(history: History, now: Snapshot) -> History:
-    """Let the last number of workers stand while the jobs, or the list, aren't known."""
-    wanted = (*history.wanted, (now.at, history.last_wanted))
-    return history._replace(wanted=wanted, none_since=None, counts_of_none=0)
-
-
-def _wanted(limits: Limits, history: History, now: Snapshot, jobs: Jobs, working: int) -> int:
-    """Return how many workers the jobs need that wait, or that reserved workers may have in hand.
-
-    A worker that was just reserved may take minutes to load before it pulls: until then jobs in
-    hand are somebody else's.
-    """
-    if is_stranded(history, now.at):
-        return 1
-    in_hand = min(jobs.in_hand or 0, limits.jobs_per_worker * working)
-    return min(limits.most, limits.workers_for(jobs.waiting + in_hand))
-
-
-def _one_at_a_time(history: History, now: Snapshot) -> int:
-    """While stuck: one, and once it has ended the next, 1, 2, 4 ... 60 s after it was opened."""
-    in_vain = now.ended - history.moved.ended - STUCK_AFTER
-    due = now.last_opened + min(LONGEST_PAUSE, 2.0 ** min(max(0, in_vain), 9))
-    if now.last_opened in now.own or now.at < due:
-        return 0
-    return 1 - now.asked
-
-
-def _note_list(history: History, now: Snapshot) -> History:
-    """Count the reservations of others: those on Vast's list that aren't ours.
-
-    The list may lag. What we have just ended isn't somebody else's, and what it doesn't show yet
-    isn't free. A worker that nobody reaches stays on the list with the load of requests that never
-    arrived.
-    """
-    if now.listed is None:
-        last = [each for each in history.others[-1:] if each[0] >= now.at - LIST_KEPT]
-        return history._replace(others=_since(now.at - LIST_LAG, history.others) or tuple(last))
-    newest = (now.at, max(0, now.listed - now.most_own - now.unreachable))
-    not_before = history.not_before
-    if not_before is None:  # the list may not show yet what a predecessor has just opened
-        not_before = now.at + LIST_LAG if now.listed else now.at
-    others = (*_since(now.at - LIST_LAG, history.others), newest)
-    return history._replace(others=others, not_before=not_before)
-
-
-def _note_jobs(history: History, now: Snapshot, jobs: Jobs) -> History:
-    """See whether jobs are pulled, whether they move, and whether none is left.
-
-    Stuck is when reservations end, one after the other, and no job gets done.
-    """
-    before = history.jobs
-    none_since = None
-    if jobs.total == 0:
-        none_since = now.at if history.none_since is None else history.none_since
-    history = history._replace(
-        jobs=jobs,
-        none_since=none_since,
-        counts_of_none=history.counts_of_none + 1 if jobs.total == 0 else 0,
-    )
-    mark = Mark(now.at, jobs.total, now.ended)
-    if before is None:
-        return history._replace(pulled_at=now.at, moved=mark)
-    if jobs.waiting < before.waiting or jobs.in_hand != before.in_hand:
-        history = history._replace(pulled_at=now.at)
-    ended = now.ended - history.moved.ended
-    if ended == 0 or _moved(history, now, before, jobs):
-        return history._replace(moved=mark, stuck=False)
-    if jobs.done is None and now.at < max(history.moved.at, history.pulled_at) + GROWTH:
-        # A queue that grows hides that jobs get done: each job that has come excuses one end.
-        ended -= max(0, jobs.total - history.moved.jobs)
-    return history._replace(stuck=ended >= STUCK_AFTER)
-
-
-def _moved(history: History, now: Snapshot, before: Jobs, jobs: Jobs) -> bool:
-    """Whether a job gets done, as far as the numbers tell."""
-    if jobs.waiting == 0 or _latest_works(history, now, jobs):
-        return True
-    if jobs.done is not None and before.done is not None:
-        return jobs.done > before.done
-    return jobs.total < before.total
-
-
-def _latest_works(history: History, now: Snapshot, jobs: Jobs) -> bool:
-    """Whether the latest reservation is held, and has had a job in hand for WORKED_AFTER."""
-    pulled_long_ago = now.last_opened < history.pulled_at < now.at - WORKED_AFTER
-    return bool(jobs.in_hand) and now.last_opened in now.own and pulled_long_ago
-
-
-def _note_ghosts(history: History, now: Snapshot, jobs: Jobs, own_working: int) -> History:
-    """Find the reservations of others that have had no job for GHOST_AFTER.
-
-    With one number nobody knows who has a job in hand: then all of them are jobless while no job
-    moves.
-    """
-    if history.stuck:  # ours found nothing to do, so the jobs in hand may be theirs
-        return history._replace(jobless=(), ghosts=0)
-    others = max(count for _, count in history.others)
-    working = max(0, (jobs.in_hand or 0) - own_working)
-    if jobs.in_hand is None and history.pulled_at == now.at:
-        working = others
-    jobless = (*history.jobless, (now.at, max(0, others - working)))
-    ghosts = min(history.ghosts, others)
-    if jobless[0][0] <= now.at - GHOST_AFTER:
-        ghosts = max(ghosts, min(count for _, count in jobless))
-        jobless = _since(now.at - GHOST_AFTER, jobless)
-    return history._replace(jobless=jobless, ghosts=ghosts)
-
-
-def _note_stranded(history: History, now: Snapshot, jobs: Jobs, working: int) -> History:
-    """See whether jobs are in hand that no reserved worker can have."""
-    if jobs.waiting or not jobs.in_hand or working > 0:
-        return history._replace(stranded_since=None, rescues=0)
-    if history.stranded_since is None:
-        return history._replace(stranded_since=now.at)
-    return history
-
-
-def is_stranded(history: History, at: float) -> bool:
-    """Whether that has lasted: most systems give a dead worker's job back before that."""
-    return history.stranded_since is not None and at >= history.stranded_since + STRANDED_AFTER
-
-
-def _rescue_is_due(history: History, now: Snapshot) -> int:
-    """One worker, the next 2, 4, 8 ... 60 min after it: some systems give back only to one."""
-    pause = min(LONGEST_RESCUE_PAUSE, 60.0 * 2.0 ** min(history.rescues, 9))
-    if history.rescues and now.at < now.last_opened + pause:
-        return 0
-    return 1 - now.asked - len(now.own)
-
-
-def nothing_is_left(limits: Limits, history: History, at: float) -> bool:
-    """Whether each count of the last `settle` seconds, two at least, found no job."""
-    if history.none_since is None or history.counts_of_none < 2:
-        return False
-    return at - history.none_since >= limits.settle
-
-
-def _since(moment: float, counts: Iterable[tuple[float, int]]) -> Counts:
-    return tuple(count for count in counts if count[0] > moment)
-
-
 class NotCounted(Exception):
     """The backlog isn't known. Its text says why."""
 
 
 def as_jobs(answer: object) -> Jobs:
     """Take one to three whole numbers, not negative, for jobs. Raises NotCounted."""
+    if isinstance(answer, NotCounted):
+        raise answer
     numbers = list(answer) if isinstance(answer, (tuple, list)) else [answer]
     while numbers[1:] and numbers[-1] is None:  # Jobs(7)
         numbers.pop()
@@ -380,7 +141,7 @@ def unreachable_text(tries: Mapping[str, int]) -> str:
     """Say which workers nobody reached, and how often each was tried in the last hour."""
     if not tries:
         return ""
-    named = ", ".join(f"{url} ({times} tries)" for url, times in tries.items())
+    named = ", ".join(f"{url} (tried {times} times)" for url, times in tries.items())
     return f"{named}. Does the host keep its ports closed? Then destroy the instance"
 
 
@@ -403,9 +164,9 @@ class _Refusals:
         if self.until is not None and now < self.until:
             return  # one of several requests that were made at once
         if isinstance(error, Refused) and error.status in (401, 403):
-            self._pause = LONGEST_PAUSE
+            self._pause = null_rule.LONGEST_PAUSE
         self.until = now + self._pause
-        self._pause = min(LONGEST_PAUSE, 2 * self._pause)
+        self._pause = min(null_rule.LONGEST_PAUSE, 2 * self._pause)
 
     def are_over(self) -> None:
         self.until = None
@@ -479,8 +240,67 @@ class OwnReservations:
     def most_since(self, moment: float) -> int:
         """Return how many were held at a time from then on."""
         before = [count for at, count in self._counts if at <= moment]
-        self._counts = [(moment, before[-1] if before else 0), *_since(moment, self._counts)]
+        self._counts = [
+            (moment, before[-1] if before else 0),
+            *(count for count in self._counts if count[0] > moment),
+        ]
         return max(count for _, count in self._counts)
+
+
+class _Asked:
+    """A backlog that is a function: it is called at each look."""
+
+    def __init__(self, function: Callable[[], Awaitable[object]]) -> None:
+        self.changed = asyncio.Event()  # never
+        self._function = function
+
+    async def count(self) -> Jobs:
+        """Call the function. Raises NotCounted, and what the function raises."""
+        return as_jobs(await _within(BACKLOG_TIMEOUT, self._function()))
+
+    async def close(self) -> None:
+        """Nothing is open between two looks."""
+
+
+class _Watched:
+    """A backlog that is an async iterator: its latest answer counts."""
+
+    def __init__(self, answers: AsyncIterable[object]) -> None:
+        self.changed = asyncio.Event()  # a look may see something new
+        self._answer: object = NotCounted("no count yet")
+        self._answered_at = time.monotonic()
+        self._any = asyncio.Event()
+        self._watching = asyncio.create_task(self._watch(answers))
+
+    async def count(self) -> Jobs:
+        """Take the latest answer. Raises NotCounted."""
+        self.changed.clear()
+        await _within(BACKLOG_TIMEOUT, self._any.wait())
+        if time.monotonic() - self._answered_at > BACKLOG_TIMEOUT and not self._watching.done():
+            raise NotCounted(f"no count for {BACKLOG_TIMEOUT:g} s")
+        return as_jobs(self._answer)
+
+    async def close(self) -> None:
+        self._watching.cancel()
+        await asyncio.wait({self._watching})
+
+    async def _watch(self, answers: AsyncIterable[object]) -> None:
+        try:
+            async for answer in answers:
+                self._note(answer)
+                await asyncio.sleep(WATCH_PAUSE)
+            self._note(NotCounted("the watch has ended"))
+        except Exception as error:  # noqa: BLE001  whatever it was, the jobs aren't known
+            self._note(error if isinstance(error, NotCounted) else NotCounted(one_line(error)))
+        finally:
+            if isinstance(answers, AsyncGenerator):
+                await answers.aclose()  # it ends what it has started
+
+    def _note(self, answer: object) -> None:
+        self._answer = answer
+        self._answered_at = time.monotonic()
+        self._any.set()
+        self.changed.set()
 
 
 async def _within(seconds: float, work: Awaitable[object]) -> Any:
@@ -521,7 +341,7 @@ class Stuck(ReservationError):
 
 async def follow(
     endpoint: Endpoint,
-    backlog: Callable[[], Awaitable[object]],
+    backlog: Callable[[], Awaitable[object]] | AsyncIterable[object],
     most: int,
     *,
     jobs_per_worker: int = 1,
@@ -537,7 +357,9 @@ async def follow(
 
     `backlog` is asked every `every` seconds how many jobs aren't done. It answers with one number,
     or with two, waiting and in hand, or with three, the third being how many jobs were ever done
-    or put aside. `most` is how many reservations there may be, `jobs_per_worker` for how many jobs
+    or put aside. In the place of the function `backlog` may be an async iterator that gives such an
+    answer whenever the numbers change, and at least each 20 s; a NotCounted is an answer as well.
+    `most` is how many reservations there may be, `jobs_per_worker` for how many jobs
     one worker is enough. A request that still waits is taken back when there have been too many for
     `settle` seconds. `cost` and `lifetime` are those of reserve().
 
@@ -551,13 +373,14 @@ async def follow(
     limits = Limits(most, jobs_per_worker, settle)
     unreachable = UnreachableWorkers()
     reserve_one = partial(reserve, endpoint, cost, lifetime, math.inf, unreachable=unreachable)
+    counted = _Asked(backlog) if callable(backlog) else _Watched(backlog)
     follower = _Follower(
-        endpoint, backlog, limits, once, reserve_one, unreachable, on_progress, on_trouble
+        endpoint, counted, limits, once, reserve_one, unreachable, on_progress, on_trouble
     )
     try:
         while True:
             began_at = time.monotonic()
-            await follower.look()
+            await follower.look(every)
             if once and follower.is_over():
                 return
             await follower.until_next_look(began_at, every)
@@ -571,7 +394,7 @@ class _Follower:
     def __init__(
         self,
         endpoint: Endpoint,
-        backlog: Callable[[], Awaitable[object]],
+        backlog: _Asked | _Watched,
         limits: Limits,
         once: bool,
         reserve_one: Callable[..., contextlib.AbstractAsyncContextManager[Reservation]],
@@ -597,18 +420,25 @@ class _Follower:
         self._waited = 0.0
         self._failed_counts = 0
         self._no_list = ""  # why there is no newer list
+        self._listed_at = -math.inf
         self._idle_since: float | None = None
         self._leaving = False
 
-    async def look(self) -> None:
-        """See how things are, decide, and do it."""
+    async def look(self, every: float) -> None:
+        """See how things are, decide, and do it. Vast's list is asked for once in `every` seconds.
+
+        Or after a second, where reservations have ended: the last list counts meanwhile.
+        """
         began_at = time.monotonic()
-        jobs, listed = await asyncio.gather(self._count_jobs(), self._count_listed())
+        if began_at - self._listed_at >= min(1.0, every):
+            jobs, listed = await asyncio.gather(self._count_jobs(), self._count_listed())
+        else:
+            jobs, listed = await self._count_jobs(), None
         now = Snapshot(
             at=time.monotonic(),
             jobs=jobs,
             listed=listed,
-            most_own=self._own.most_since(began_at - LIST_LAG),
+            most_own=self._own.most_since(began_at - null_rule.LIST_LAG),
             own=tuple(self._own.held.values()),
             last_opened=self._own.last_opened,
             asked=len(self._requests),
@@ -625,13 +455,23 @@ class _Follower:
         self._show()
 
     async def until_next_look(self, began_at: float, every: float) -> None:
-        """Wait for `every` seconds since the last look, or one when a reservation has ended."""
-        ending = asyncio.ensure_future(self._own.some_end.wait())
+        """Wait for `every` seconds since the last look.
+
+        Not for so long when the backlog tells a change, or a reservation has ended: then a second.
+        """
+        some_end = asyncio.ensure_future(self._own.some_end.wait())
+        change = asyncio.ensure_future(self._backlog.changed.wait())
         try:
-            await asyncio.wait({ending}, timeout=began_at + every - time.monotonic())
+            await asyncio.wait(
+                {some_end, change},
+                timeout=began_at + every - time.monotonic(),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            pause = WATCH_PAUSE if change.done() else 1.0
         finally:
-            ending.cancel()
-        await asyncio.sleep(began_at + min(1.0, every) - time.monotonic())
+            some_end.cancel()
+            change.cancel()
+        await asyncio.sleep(began_at + min(pause, every) - time.monotonic())
         self._own.some_end.clear()
 
     def is_over(self) -> bool:
@@ -649,14 +489,13 @@ class _Follower:
         self._leaving = True
         for task in self._tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await asyncio.gather(self._backlog.close(), *self._tasks, return_exceptions=True)
 
     # What a look asks for
 
     async def _count_jobs(self) -> Jobs | None:
         try:
-            jobs = as_jobs(await _within(BACKLOG_TIMEOUT, self._backlog()))
+            jobs = await self._backlog.count()
         except Exception as error:  # noqa: BLE001  whatever it was, the jobs aren't known, so not 0
             self._failed_counts += 1
             self._troubles.set("backlog", one_line(error))
@@ -666,6 +505,7 @@ class _Follower:
 
     async def _count_listed(self) -> int | None:
         """Count the reserved workers on Vast's list."""
+        self._listed_at = time.monotonic()
         try:
             workers = await _within(LIST_TIMEOUT, self._endpoint.get_workers())
         except Exception as error:  # noqa: BLE001  the SDK has no class for it
@@ -675,6 +515,7 @@ class _Follower:
             self._no_list = "it is empty, while workers are reserved"
             return None
         words = [worker_word(worker.status, worker.cur_load) for worker in workers]
+        self._no_list = ""
         return words.count("reserved")
 
     # What is done about it

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from typing import IO
 
 from null_backlog import Jobs, NotCounted, one_line
@@ -83,3 +84,13 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
             pipe.close()
     with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in a driver
         process.wait(1)
+    _reap_group(process.pid)
+
+
+def _reap_group(group: int) -> None:
+    """Reap the orphans of a group that was killed: they are ours where we are PID 1."""
+    deadline = time.monotonic() + 1
+    with contextlib.suppress(ChildProcessError):  # there is none, or none any more
+        while time.monotonic() < deadline:
+            if os.waitpid(-group, os.WNOHANG) == (0, 0):
+                time.sleep(0.005)  # it is still being killed

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import sys
 import time
 
 import psutil
@@ -12,6 +13,7 @@ import pytest
 from null_backlog import Jobs, NotCounted
 from null_count import run_backlog
 from tests.kit.command import Command
+from tests.kit.environment import BARE, HERE, run
 from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.anyio
@@ -87,6 +89,24 @@ async def test_cancelled_all_that_it_has_started_is_killed(monkeypatch):
     counting.cancel()
     await asyncio.wait({counting})
     await eventually(lambda: not processes_with(mark))
+
+
+# Orphans of its children become children of this process, as they do where it is PID 1.
+ADOPTING = """
+import asyncio, ctypes, os
+from null_count import run_backlog
+
+PR_SET_CHILD_SUBREAPER = 36
+assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
+for line in ("sleep 600 & sleep 600 & echo 7", "(true &); (true &); sleep 0.1; echo 7"):
+    print(asyncio.run(run_backlog(line)).waiting)
+print(open(f"/proc/self/task/{os.getpid()}/children").read() or "no children")
+"""
+
+
+def test_orphans_leave_no_zombies_where_it_is_pid_1():
+    done = run([sys.executable, "-c", ADOPTING], BARE | {"PYTHONPATH": str(HERE)})
+    assert (done.stdout, done.stderr) == ("7\n7\nno children\n", "")
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_every_number_of_the_command_is_checked(capsys):
 
 
 def test_a_client_that_was_copied_alone_says_what_its_stand_in_needs(tmp_path):
-    for name in ("client", "reservation", "backlog", "count", "display"):
+    for name in ("client", "reservation", "rule", "backlog", "count", "display"):
         shutil.copy(HERE / f"null_{name}.py", tmp_path)
     done = run([sys.executable, tmp_path / "null_client.py", "--local"], BARE)
     assert (done.returncode, done.stdout.count("\n"), done.stderr.count("\n")) == (2, 1, 1)

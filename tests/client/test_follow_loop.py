@@ -1,75 +1,19 @@
 """follow() at work, in this process: what it asks for, keeps, takes back, and says."""
 
 import asyncio
-import contextlib
 import gc
 
 import pytest
 
 import null_backlog
-from null_backlog import Progress, Stuck, follow
+import null_rule
+from null_backlog import Stuck, follow
+from tests.kit.following import following
 from tests.kit.reservation import endpoint_of
 from tests.kit.waiting import eventually
 from tests.kit.worker import WORKERS, create, is_free, lease, release
 
 pytestmark = pytest.mark.anyio
-
-
-class Following:
-    """A follow() with a backlog that the test sets."""
-
-    def __init__(self):
-        self.jobs = (0, 0)  # what the backlog answers; an exception: what it raises
-        self.looks = 0
-        self.opened = 0
-        self.said = []
-        self.progress = Progress()
-        self.task = None
-
-    async def backlog(self):
-        self.looks += 1
-        if self.jobs == "hangs":
-            await asyncio.sleep(3600)
-        if isinstance(self.jobs, Exception):
-            raise self.jobs
-        return self.jobs
-
-    def note(self, progress):
-        self.opened += max(0, progress.own - self.progress.own)
-        self.progress = progress
-
-    @property
-    def numbers(self):
-        return self.progress.own, self.progress.asked
-
-    async def looks_twice(self):
-        """Both begun after this call."""
-        last = self.looks + 2
-        await eventually(lambda: self.looks > last)
-
-
-@contextlib.asynccontextmanager
-async def following(vast, most=WORKERS, jobs=(0, 0), every=0.2, **options):
-    this = Following()
-    this.jobs = jobs
-    async with endpoint_of(vast) as endpoint:
-        this.endpoint = endpoint
-        this.task = asyncio.create_task(
-            follow(
-                endpoint,
-                this.backlog,
-                most,
-                every=every,
-                on_progress=this.note,
-                on_trouble=this.said.append,
-                **options,
-            )
-        )
-        try:
-            yield this
-        finally:
-            this.task.cancel()
-            await asyncio.wait({this.task})
 
 
 async def sessions(vast):
@@ -214,7 +158,7 @@ async def test_refused_it_asks_again_later_and_says_so_once(vast):
 async def test_others_reservations_count_and_none_is_opened_while_the_list_may_lag(
     vast, monkeypatch
 ):
-    monkeypatch.setattr(null_backlog, "LIST_LAG", 3.0)
+    monkeypatch.setattr(null_rule, "LIST_LAG", 3.0)
     predecessors = next(iter(vast.workers.values()))
     session_id = await create(vast, predecessors)
     await eventually(lambda: predecessors.report["cur_load"])
@@ -234,8 +178,8 @@ async def test_others_reservations_count_and_none_is_opened_while_the_list_may_l
 async def test_a_list_that_fails_or_is_empty_is_replaced_by_the_last_one_for_a_while(
     vast, monkeypatch
 ):
-    monkeypatch.setattr(null_backlog, "LIST_KEPT", 1.0)
-    monkeypatch.setattr(null_backlog, "LIST_LAG", 0.5)
+    monkeypatch.setattr(null_rule, "LIST_KEPT", 1.0)
+    monkeypatch.setattr(null_rule, "LIST_LAG", 0.5)
 
     async def fails():
         raise RuntimeError("HTTP 500")

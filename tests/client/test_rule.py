@@ -5,13 +5,13 @@ import math
 
 import pytest
 
-from null_backlog import (
+from null_backlog import as_jobs
+from null_rule import (
     Decision,
     History,
     Jobs,
     Limits,
     Snapshot,
-    as_jobs,
     decide,
     is_stranded,
     nothing_is_left,

@@ -1,4 +1,4 @@
-"""The rules that are compared: an oracle, KEDA's two, the obvious one, and null_backlog.py's.
+"""The rules that are compared: an oracle, KEDA's two, the obvious one, and null_rule.py's.
 
 A rule sees what a dispatcher sees (`Seen`) and answers with two numbers: ask for so many workers,
 take back so many requests.
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import null_backlog
+import null_rule
 
 STEP = 0.5  # seconds, of the world
 
@@ -134,34 +134,34 @@ class Naive(Rule):
 
 
 class Decided(Rule):
-    """The rule of null_backlog.py."""
+    """The rule of null_rule.py."""
 
     def __init__(self, most: int, jobs_per_worker: int) -> None:
         super().__init__(most, jobs_per_worker)
-        self.limits = null_backlog.Limits(most, jobs_per_worker)
-        self.history = null_backlog.History()
+        self.limits = null_rule.Limits(most, jobs_per_worker)
+        self.history = null_rule.History()
         self.now = 0.0
 
     def look(self, seen: Seen) -> tuple[int, int]:
         jobs = None
         if seen.waiting is not None:
-            jobs = null_backlog.Jobs(seen.waiting, seen.in_hand, seen.done)
-        fields = null_backlog.Snapshot._fields
+            jobs = null_rule.Jobs(seen.waiting, seen.in_hand, seen.done)
+        fields = null_rule.Snapshot._fields
         told = {name: getattr(seen, name) for name in fields if name != "jobs"}
-        now = null_backlog.Snapshot(jobs=jobs, **told)
+        now = null_rule.Snapshot(jobs=jobs, **told)
         self.now = seen.at
-        self.history, decision = null_backlog.decide(self.limits, self.history, now)
+        self.history, decision = null_rule.decide(self.limits, self.history, now)
         return (decision.ask, decision.take_back) if decision else (0, 0)
 
     def sees_nothing_left(self, at: float) -> bool:
-        return null_backlog.nothing_is_left(self.limits, self.history, at)
+        return null_rule.nothing_is_left(self.limits, self.history, at)
 
     @property
     def troubles(self) -> set[str]:
         found = {
             "stuck": self.history.stuck,
             "ghost": self.history.ghosts,
-            "stranded": null_backlog.is_stranded(self.history, self.now),
+            "stranded": null_rule.is_stranded(self.history, self.now),
         }
         return {name for name, is_so in found.items() if is_so}
 
