@@ -151,7 +151,9 @@ def pull():
     os.kill(os.getpid(), signal.SIGTERM)  # enough: it ends with this reservation
 def extend(job):
     pass
-def work(job):
+def load():
+    return "a model"
+def work(model, job):
     print(job, flush=True)
 """
     program = around + block_with("from null_consumer import reservations")

@@ -84,6 +84,10 @@ def first_process_of(unshare):
     return children[0] if children else None
 
 
+def zombies_of(process):
+    return [each for each in process.children() if each.status() == psutil.STATUS_ZOMBIE]
+
+
 def can_unshare():
     command = ["unshare", "--fork", "--pid", "--mount-proc", "true"]
     return bool(shutil.which("unshare")) and subprocess.run(command).returncode == 0
@@ -96,10 +100,12 @@ async def test_the_container_runs_and_ends_as_the_first_process(tmp_path):
     command = [*json.loads(entry), *json.loads(arguments)]
     assert command[0] == "python"
     command[0] = sys.executable
-    # Without Vast and without Redis.
+    # Without Vast and without Redis. Each count leaves an orphan.
     place = command.index("--endpoint")
     command[place : place + 2] = ["--local"]
-    command[command.index("--backlog") + 1] = "echo 0"
+    counted = tmp_path / "counted"
+    command[command.index("--backlog") + 1] = f"(sleep 60 &) ; echo >>{counted} ; echo 0"
+    command += ["--every", "0.5"]
     output = tmp_path / "output"
     with output.open("wb") as file:
         unshare = subprocess.Popen(
@@ -114,6 +120,8 @@ async def test_the_container_runs_and_ends_as_the_first_process(tmp_path):
         await eventually(lambda: "jobs: 0 to do" in output.read_text())
         first = first_process_of(unshare)
         assert Path(os.readlink(f"/proc/{first.pid}/exe")).name.startswith("python")
+        await eventually(lambda: len(counted.read_text()) >= 8)
+        assert len(zombies_of(first)) <= 2
         first.terminate()
         await eventually(lambda: unshare.poll() is not None)
         assert unshare.returncode == 128 + signal.SIGTERM, output.read_text()
