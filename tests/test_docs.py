@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+import null_backlog
 import null_consumer
 import null_worker
 from tests.kit.environment import BARE, HERE
@@ -206,6 +207,24 @@ def test_the_troubles_of_the_page_are_those_of_the_code():
     ]
     (names,) = [node.keys for node in ast.walk(notes) if isinstance(node, ast.Dict)]
     assert troubles_of_page() == ["backlog", *(name.value for name in names)]
+
+
+def test_the_metrics_of_the_page_are_those_of_the_code():
+    null_metrics = pytest.importorskip("null_metrics")
+    client = pytest.importorskip("prometheus_client")
+    metrics = null_metrics.Metrics()
+    jobs = null_backlog.Jobs(waiting=1, in_hand=1, done=1)
+    metrics.has_progressed(null_backlog.Progress(jobs=jobs, opened=1))
+    metrics.has_workers(["free"])
+    text = client.generate_latest(metrics._registry).decode()
+    served = {
+        (name, kind) for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE)
+    }
+    table = rows(section("docs/operating.md", "Metrics"))
+    named = {(re.match(r"`(\w+)", name)[1], kind) for name, kind, _ in table}
+    assert {each for each in served if not each[0].endswith("_created")} == named
+    (labelled,) = [set(re.findall(r'null_trouble\{name="(\w+)"', text))]
+    assert labelled == set(troubles_of_page())
 
 
 # Lines that programs print
