@@ -1,4 +1,4 @@
-"""The lines of the README's Deploying, run as printed with the installed `vastai`.
+"""The lines of docs/deploying.md, run as printed with the installed `vastai`.
 
 Vast is a stub on loopback. Nothing can get past it: any other address is behind a proxy that isn't
 there.
@@ -16,10 +16,9 @@ import threading
 
 import pytest
 
-from tests.kit.environment import HERE
 from tests.kit.example import PATH, which
+from tests.kit.pages import blocks
 
-README = HERE / "README.md"
 KEY = "a-key-of-no-account"
 HASHES = ["0123456789abcdef", "fedcba9876543210"]  # of the template, and of its next version
 MADE = ("POST", "/api/v0/template/")
@@ -36,16 +35,21 @@ def version_of_vastai():
 
 
 pytestmark = pytest.mark.skipif(
-    version_of_vastai() < (1, 9), reason="the README's lines are for vastai 1.9 and later"
+    version_of_vastai() < (1, 9), reason="the lines are for vastai 1.9 and later"
 )
 
 
 def deploying():
-    """The shell blocks of the section that use `vastai`, one after the other."""
-    _, _, section = README.read_text().partition("\n## Deploying\n")
-    section, _, _ = section.partition("\n## ")
-    blocks = re.findall(r"^```sh\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
-    return "\n".join(block for block in blocks if "vastai" in block)
+    """The page's shell blocks that use `vastai`, one after the other."""
+    scripts = [block.text for block in blocks("docs/deploying.md", "sh")]
+    return "\n".join(script for script in scripts if re.search(r"^ *vastai ", script, re.MULTILINE))
+
+
+def crontab():
+    """The commands of the crontab in docs/operating.md, without the times."""
+    (block,) = blocks("docs/operating.md", "crontab")
+    commands = [line.split(maxsplit=5)[5] for line in block.text.splitlines()]
+    return "\n".join(re.sub(r"^/\S+/vastai ", "vastai ", command) for command in commands)
 
 
 class Vast(http.server.BaseHTTPRequestHandler):
@@ -57,7 +61,7 @@ class Vast(http.server.BaseHTTPRequestHandler):
         path, _, _ = self.path.partition("?")
         key = self.headers["Authorization"]
         self.server.asked.append((self.command, path, body, key))
-        answer = {"success": True}
+        answer = {"success": True, "results": [], "offers": [], "instances": []}
         if (self.command, path) == MADE:
             answer["template"] = {"id": 7, "hash_id": HASHES[0], "name": body["name"]}
         elif (self.command, path) == CHANGED:
@@ -81,8 +85,8 @@ class Vast(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def run_lines(folder):
-    """What the lines sent: methods, paths, bodies."""
+def run_lines(lines, folder):
+    """Return what the lines sent: methods, paths, bodies."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Vast)
     server.asked = []
     serving = threading.Thread(target=server.serve_forever)
@@ -105,7 +109,7 @@ def run_lines(folder):
     }
     try:
         done = subprocess.run(
-            ["sh", "-eu", "-c", deploying()],
+            ["sh", "-eu", "-c", lines],
             cwd=folder,
             env=environment,
             capture_output=True,
@@ -144,8 +148,8 @@ def docker_options(template):
 
 def check_template(template):
     assert template["name"] == value_of("NAME")
-    assert template["image"] == "vastai/base-image"
-    assert template["tag"] == "@vastai-automatic-tag"
+    assert template["image"] == value_of("IMAGE")
+    assert template["tag"] == value_of("TAG")
     assert template["runtype"] == "ssh"
     assert template["use_ssh"]
     assert template["ssh_direct"]
@@ -157,6 +161,7 @@ def check_template(template):
     assert bounds["num_gpus"] == {"eq": "1"}
     assert bounds["dph_total"] == {"lt": "0.6"}
     assert bounds["direct_port_count"] == {"gte": "3"}
+    assert bounds["inet_down_cost"] == {"lte": "0.005"}
     ports, variables = docker_options(template)
     assert ports == ["3000:3000"]
     queue, _, access = value_of("VARIABLES").removeprefix("-e ").partition("=")
@@ -174,7 +179,7 @@ def check_template(template):
 
 
 def check_endpoint(asked):
-    """It scales by reservations."""
+    """It scales by reservations, to one worker at first."""
     endpoint = body_of(asked, "POST", "/api/v0/endptjobs/")
     expected = {
         "endpoint_name": value_of("NAME"),
@@ -183,10 +188,22 @@ def check_endpoint(asked):
         "max_queue_time": 1.0,
         "target_queue_time": 0.5,
         "inactivity_timeout": 10,
-        "max_workers": 20,
-        "cold_workers": 5,
+        "max_workers": 1,
+        "cold_workers": 0,
     }
     assert expected.items() <= endpoint.items()
+    raised, _ = changes_of_endpoint(asked)
+    assert raised == {"max_workers": 20, "cold_workers": 5}
+
+
+def changes_of_endpoint(asked):
+    """What each change of the endpoint changed, without what names it."""
+    bodies = [body for by, to, body in asked if (by, to) == ("PUT", "/api/v0/endptjobs/4242/")]
+    naming = ("client_id", "endptjob_id", "autoscaler_instance")
+    return [
+        {name: value for name, value in body.items() if value is not None and name not in naming}
+        for body in bodies
+    ]
 
 
 def check_workergroup(asked):
@@ -216,12 +233,14 @@ def check_looks_pause_and_end(asked):
     assert body_of(asked, "POST", "/get_endpoint_logs/")["id"] == 4242
     assert body_of(asked, "POST", "/get_autogroup_logs/")["id"] == 4243
     assert body_of(asked, "PUT", "/api/v0/instances/request_logs/4244/") == {"tail": "200"}
-    pause = body_of(asked, "PUT", "/api/v0/endptjobs/4242/")
-    set_by_it = {name for name, value in pause.items() if value is not None}
-    assert set_by_it == {"client_id", "endptjob_id", "endpoint_state", "autoscaler_instance"}
-    assert pause["endpoint_state"] == "stopped"
+    _, paused = changes_of_endpoint(asked)
+    assert paused == {"endpoint_state": "stopped"}
     paths = [path for method, path, _ in asked if method == "DELETE"]
-    assert paths == ["/api/v0/autojobs/4243/", "/api/v0/endptjobs/4242/"]
+    assert paths == [
+        "/api/v0/instances/4244/",
+        "/api/v0/autojobs/4243/",
+        "/api/v0/endptjobs/4242/",
+    ]
 
 
 def check_key_of_dispatcher(asked):
@@ -231,10 +250,15 @@ def check_key_of_dispatcher(asked):
 
 @pytest.mark.long
 def test_what_the_lines_of_deploying_send(tmp_path):
-    asked = run_lines(tmp_path)
+    asked = run_lines(deploying(), tmp_path)
     check_template(body_of(asked, *MADE))
     check_endpoint(asked)
     check_workergroup(asked)
     check_looks_pause_and_end(asked)
     check_new_version(asked)
     check_key_of_dispatcher(asked)
+
+
+def test_what_the_lines_of_the_crontab_send(tmp_path):
+    asked = run_lines(crontab(), tmp_path)
+    assert changes_of_endpoint(asked) == [{"min_load": 300}, {"min_load": 0}]

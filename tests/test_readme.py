@@ -1,4 +1,4 @@
-"""What the README prints, run as printed but for where Vast and the virtual environment are."""
+"""What the pages print, run as printed but for where Vast and the virtual environment are."""
 
 import inspect
 import re
@@ -7,63 +7,138 @@ import sys
 
 import pytest
 
+import null_backlog
 import null_client
 import null_consumer
+import null_reservation
 import null_worker
 from tests.kit.environment import BARE, HERE
+from tests.kit.example import PATH
+from tests.kit.pages import PAGES, block_with, blocks, commands, rows, section
 from tests.kit.waiting import eventually
 from tests.kit.worker import create, is_free, lease, release
+from tests.test_docs import COMING
 
 pytestmark = pytest.mark.anyio
 
-README = (HERE / "README.md").read_text()
-BLOCKS = re.findall(r"^```(?:sh|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+BLOCKS = [block for page in PAGES for block in blocks(page, "sh", "python")]
 # Which test runs a block, by a pattern in it. Those of `.ci/run` make a virtual environment.
 RUN_BY = {
     "--demo --interval": ".ci/run",
-    "-m pytest": ".ci/run",
+    "-m pytest$": ".ci/run",
+    r"bash \.ci/run": ".ci/run",
     "examples/files/put": "here",
+    "--endpoint my-queue": "here",
     "from null_consumer import reservations": "here",
     r"/renew\?session_id=": "here",
     "from null_client import reserve": "here",
-    r"\n *vastai ": "tests/test_deploy.py",
+    "bash findings/": "whoever wants to: outside the tests",
+    r"(^|\n) *vastai ": "tests/test_deploy.py",
+}
+# Blocks that no test can run, and why.
+NOT_RUN = {
+    "/venv/main/bin/pip": "needs Vast's base image",
+    r"pip install '\.\[metrics": "installs into the environment that these tests run in",
+    "/opt/null-pyworker": "needs root, and writes to the system",
+    "systemctl": "needs a running systemd",
+    "docker build": "needs a container engine",
+    r"\. \.venv/bin/activate\n$": "sets up the environment that these tests run in",
+    "pytest tests/client": "runs the tests",
 }
 
 
-def block_with(text):
-    (block,) = [block for block in BLOCKS if text in block]
-    return block
-
-
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.page)
 def test_every_block_is_run_by_a_test(block):
-    run_by = [by for text, by in RUN_BY.items() if re.search(text, block)]
-    assert len(run_by) == 1, block
+    run_by = [text for text in (*RUN_BY, *NOT_RUN) if re.search(text, block.text)]
+    assert len(run_by) == 1, (block.text, run_by)
 
 
-def test_what_the_readme_names_is_there():
-    for path in re.findall(r"examples/[\w./-]+\w", README):
-        assert (HERE / path).exists(), path
+def test_what_the_pages_name_is_there():
+    for page, text in PAGES.items():
+        for path in re.findall(r"(?<![\w/])examples/[\w./-]+\w", text):
+            if "NAME" not in path:
+                assert (HERE / path).exists(), (page, path)
 
 
-def test_it_names_every_setting_route_and_parameter():
+def test_they_name_every_setting_route_and_parameter():
+    text = PAGES["docs/api.md"]
     consumer = [f"NULL_{field.upper()}" for field in null_consumer.Settings._fields]
     named = [*null_worker.DEFAULTS, *consumer, *null_worker.CONTROL_ROUTES]
-    assert [name for name in named if name not in README] == []
-    (parameters,) = re.findall(r"`reserve\((.+?)\)`", README)
-    for parameter in inspect.signature(null_client.reserve).parameters:
-        assert parameter in parameters, parameter
+    assert [name for name in named if name not in text] == []
+
+
+@pytest.mark.parametrize("function", [null_client.reserve, null_client.follow])
+def test_they_print_the_signature_of(function):
+    name = function.__name__
+    (printed,) = re.findall(rf"`{name}\(([^`]+, \*, .+?)\)`", PAGES["docs/api.md"])
+    expected = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in expected:
+            expected.append("*")
+        default = parameter.default
+        if default is parameter.empty:
+            expected.append(parameter.name)
+        else:
+            expected.append(f"{parameter.name}={'...' if callable(default) else default}")
+    assert printed.split(", ") == expected
+
+
+def names_of_tables(heading):
+    """What stands in the first column of a section's tables, one name each."""
+    first = [name for name, *_ in rows(section("docs/api.md", heading))]
+    return re.findall(r"`(?:await )?(\w+)", " ".join(first))
+
+
+def test_they_name_all_of_a_reservation_and_of_the_exceptions():
+    named = names_of_tables("Python: `reserve()`")
+    exceptions = [name for name in null_reservation.__all__ if name not in OF_RESERVE]
+    made_at_its_start = re.findall(
+        r"self\.([a-z]\w+)(?:: \w+)? =", inspect.getsource(null_reservation.Reservation.__init__)
+    )
+    of_class = [name for name in vars(null_reservation.Reservation) if name[0] != "_"]
+    assert {*exceptions, *made_at_its_start, *of_class} <= set(named)
+
+
+OF_RESERVE = ("reserve", "Reservation", "UnreachableWorkers")
+
+
+def test_they_name_all_of_progress():
+    assert tuple(names_of_tables("Python: `follow()`")) == null_backlog.Progress._fields
 
 
 def test_its_jobs_are_done_by_three_workers(tmp_path):
-    block = block_with("examples/files/put").replace(".venv/bin/python", sys.executable)
-    environment = {**BARE, "JOBS": str(tmp_path)}
+    block = block_with("examples/files/put")
+    activated = block.replace(". .venv/bin/activate\n", "")
+    assert activated != block
+    environment = {**BARE, "PATH": PATH, "JOBS": str(tmp_path)}
     done = subprocess.run(
-        ["sh", "-ec", block], cwd=HERE, env=environment, capture_output=True, timeout=120
+        ["sh", "-ec", activated], cwd=HERE, env=environment, capture_output=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(tmp_path.glob("*.done"))) == 12
     assert b"workers: 3 reserved" in done.stdout
+
+
+CALLS = {
+    tuple(words)
+    for block in BLOCKS
+    for words in commands(block.text, "null_client.py")
+    if "--local" not in words and not COMING & set(words)
+}
+
+
+@pytest.mark.parametrize("words", sorted(CALLS))
+def test_its_calls_of_the_command_lack_nothing_but_a_key(words, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "null_client.py", *words],
+        cwd=HERE,
+        env={**BARE, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "no API key" in done.stderr
 
 
 async def test_its_resident_consumer_works_and_releases(vast, worker):
@@ -76,7 +151,9 @@ def pull():
     os.kill(os.getpid(), signal.SIGTERM)  # enough: it ends with this reservation
 def extend(job):
     pass
-def work(job):
+def load():
+    return "a model"
+def work(model, job):
     print(job, flush=True)
 """
     program = around + block_with("from null_consumer import reservations")
@@ -120,7 +197,7 @@ async def test_its_curl_lines_show_renew_and_release(vast, worker):
 
 
 async def test_its_dispatcher_holds_until_the_consumer_has_released(vast):
-    block = block_with("from null_client import reserve")
+    block = block_with("await worker.ended()")
     imports, serverless = (
         "from vastai import Serverless\n",
         f"""\
@@ -157,3 +234,17 @@ Serverless = functools.partial(
 
 async def session_of(worker):
     return (await lease(worker))["session_id"]
+
+
+def test_its_local_vast_gives_a_worker():
+    block = block_with("LocalVast(max_workers")
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=HERE,
+        env=BARE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+\n", done.stdout)

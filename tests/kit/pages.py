@@ -1,0 +1,79 @@
+"""The pages for people: their text, the blocks of code in them, their tables, their links."""
+
+import re
+import shlex
+from typing import NamedTuple
+
+from tests.kit.environment import HERE
+
+PAGES = {
+    str(path.relative_to(HERE)): path.read_text()
+    for path in sorted([*HERE.glob("*.md"), *HERE.glob("docs/*.md"), *HERE.glob("findings/*.md")])
+}
+
+
+class Block(NamedTuple):
+    """A block of code on a page."""
+
+    page: str
+    language: str
+    text: str
+
+
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page, *languages):
+    """The blocks of a page, one after the other."""
+    return [
+        Block(page, language, re.sub(f"^{indent}", "", text, flags=re.MULTILINE))
+        for indent, language, text in FENCE.findall(PAGES[page])
+        if language in languages
+    ]
+
+
+def block_with(text, page=None):
+    """The text of the one block that holds another text."""
+    pages = [page] if page else PAGES
+    found = [block for each in pages for block in blocks(each, "sh", "python", "ini", "dockerfile")]
+    (block,) = [block for block in found if text in block.text]
+    return block.text
+
+
+def section(page, heading):
+    """What stands under a heading of the second level, up to the next one."""
+    _, found, text = PAGES[page].partition(f"\n## {heading}\n")
+    assert found, heading
+    return text.partition("\n## ")[0]
+
+
+def rows(text):
+    """The rows of all tables in a text, as lists of their cells, without the heads."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    heads = [place - 1 for place, line in enumerate(lines) if re.fullmatch(r"[|\- :]+", line)]
+    skipped = {*heads, *(place + 1 for place in heads)}
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for place, line in enumerate(lines)
+        if place not in skipped
+    ]
+
+
+def commands(text, name):
+    """The calls of a program in a shell script, as lists of words; variables stay as they are."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    found = []
+    for line in joined.splitlines():
+        for match in re.finditer(rf"(?:^|[\s(/]){name} (.*)", line):
+            words = shlex.shlex(match[1], posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            words.commenters = "#"
+            found.append(list(_up_to_the_end(words)))
+    return found
+
+
+def _up_to_the_end(words):
+    for word in words:
+        if set(word) <= set("();<>|&"):
+            return
+        yield word
