@@ -13,6 +13,7 @@ import asyncio
 import concurrent.futures
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import threading
@@ -69,6 +70,7 @@ class Facts(NamedTuple):
     name: str  # the endpoint's
     now: float  # by time.time()
     refused: str = ""  # what Vast said to the key
+    away: str = ""  # why Vast said nothing at all
     unasked: tuple[str, ...] = ()
     user: JSON | None = None
     endpoints: Sequence[JSON] | None = None
@@ -111,10 +113,12 @@ def vastai(*words: object) -> str:
 
 
 def check_key(facts: Facts) -> Iterator[Finding]:
-    """Whether Vast takes the key, and the account has credit."""
+    """Whether Vast answers, takes the key, and the account has credit."""
     if facts.refused:
         what = f"Vast refuses the API key ($VAST_API_KEY, or the saved one): {facts.refused}"
         yield Finding(what, (vastai("set", "api-key", "KEY"),))
+    if facts.away:
+        yield Finding(f"Vast doesn't answer: {facts.away}", (vastai("show", "endpoints"),))
     credit = credit_of(facts.user or {})
     needed = CREDIT_PER_ENDPOINT * len(facts.endpoints or [facts.name])
     if credit is not None and credit < needed:
@@ -582,7 +586,9 @@ def reason_of(error: Exception) -> NoAnswer:
         return error
     response = getattr(error, "response", None)
     if response is None:
-        return NoAnswer(one_line(error))
+        text = one_line(error)
+        brief = re.search(r"\[Errno -?\d+\] [\w ]+", text)  # of the layers around it, the last
+        return NoAnswer(brief[0] if brief else text)
     try:
         fields = json.loads(response.text)
         said = fields.get("msg") or fields.get("error") or fields.get("detail") or ""
@@ -686,7 +692,7 @@ async def facts_of(asked: Asked, facts: Facts) -> Facts:
     except NoAnswer as error:
         if error.status in (401, 403):
             return facts._replace(refused=str(error))
-        return facts._replace(unasked=(f"the endpoints: {error}",))
+        return facts._replace(away=str(error))
     endpoint = facts.endpoint
     facts = facts._replace(user=await asked.web("the account's credit", dict, "show_user"))
     if endpoint is not None:
@@ -698,7 +704,7 @@ async def facts_of(asked: Asked, facts: Facts) -> Facts:
         facts = facts._replace(
             groups=None if groups is None else groups_of(groups, endpoint),
             workers=workers,
-            log=next((text for text in (log or {}).values() if isinstance(text, str)), ""),
+            log="\n".join(text for text in (log or {}).values() if isinstance(text, str)),
         )
         facts = await about_workers(asked, facts)
         facts = await about_group(asked, facts)
@@ -751,7 +757,7 @@ async def try_port(host: str, port: int) -> Port:
     except asyncio.TimeoutError:
         return Port(address, f"no answer within {PORT_TIMEOUT:g} s")
     except OSError as error:
-        return Port(address, error.strerror or one_line(error))
+        return Port(address, os.strerror(error.errno) if error.errno else one_line(error))
     writer.close()
     return Port(address)
 

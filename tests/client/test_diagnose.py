@@ -1,60 +1,20 @@
 """`--diagnose` against a stub of Vast: each thing that it finds, and what it proposes."""
 
-import asyncio
 import re
-import shlex
 import subprocess
 
 import pytest
-import vastai.cli.main
-from vastai import Serverless
 
 import null_diagnose
-from null_diagnose import diagnose, show
-from tests.kit.account import ENDPOINT_KEY, KEY, READS, account, ports
+from null_diagnose import show
+from tests.kit.account import account, ports
+from tests.kit.diagnosis import found, parsed, wrong
 
 
 @pytest.fixture
 def vast():
     with account() as stub:
         yield stub
-
-
-@pytest.fixture(scope="module", autouse=True)
-def commands():
-    """Let the parser of Vast's own command know its commands, which it does as it starts."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("sys.argv", ["vastai", "--version"])
-        vastai.cli.main.main()
-
-
-def found(vast, name="queue", key=KEY):
-    """What is found. The stub must have been asked for nothing but what changes nothing."""
-    client = Serverless(key, autoscaler_url=vast.url, webserver_url=vast.url)
-    findings = asyncio.run(diagnose(client, name))
-    assert set(vast.asked) <= READS
-    for finding in findings:
-        assert bool(finding.do) >= finding.wrong, finding
-        for line in finding.do:
-            assert "\n" not in line
-            parsed(line)
-    text = "\n".join(show(findings))
-    for secret in (KEY, ENDPOINT_KEY, "a-password"):
-        assert secret not in text
-    return findings
-
-
-def parsed(line):
-    """A proposed command as Vast's own command understands it."""
-    program, *words = shlex.split(line, comments=True)
-    assert program == "vastai"
-    return vastai.cli.main.parser.parse_args(words)
-
-
-def wrong(findings):
-    """The one thing that is wrong: what is, and the commands that mend it."""
-    (one,) = [finding for finding in findings if finding.wrong]
-    return one.what, [parsed(line) for line in one.do]
 
 
 def add_two_ready(vast, open_port):

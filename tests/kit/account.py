@@ -38,6 +38,7 @@ class Account:
         self.asked = []  # method and path of each request
         self.searches = []  # for offers
         self.failing = {}  # path: (status, answer), for ever
+        self.once = {}  # path: the same, one for each of the next requests
         self.silent = set()  # paths that get no answer
         self.ended = threading.Event()
         self.user = {"id": 1, "credit": 25.0, "balance": 0.0, "api_key": KEY}
@@ -161,6 +162,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 401,
                 {"success": False, "error": "auth_error", "msg": "Invalid user key"},
             )
+        elif account.once.get(path):
+            status, answer = account.once[path].pop(0)
         elif path in account.failing:
             status, answer = account.failing[path]
         else:
