@@ -473,7 +473,7 @@ def destroy(instance: int) -> str:
 
 def last_line(log: str, worker: int) -> str:
     """The last line that names a worker, or the last one."""
-    lines = [one_line(line) for line in log.splitlines() if line.strip()]
+    lines = [line for line in log.splitlines() if line.strip()]
     naming = [line for line in lines if re.search(rf"\b{worker}\b", line)]
     return (naming or lines or [""])[-1]
 
@@ -581,23 +581,20 @@ async def in_a_thread(call: Callable[[], Any], seconds: float) -> Any:
 
 
 def reason_of(error: Exception) -> NoAnswer:
-    """What went wrong with a question, for a person."""
+    """What went wrong with a question."""
     if isinstance(error, NoAnswer):
         return error
     response = getattr(error, "response", None)
     if response is None:
-        text = one_line(error)
-        brief = re.search(r"\[Errno -?\d+\] [\w ]+", text)  # of the layers around it, the last
-        return NoAnswer(brief[0] if brief else text)
+        brief = re.search(r"\[Errno -?\d+\] [\w ]+", str(error))  # inside what requests adds
+        return NoAnswer(brief[0] if brief else str(error) or repr(error))
     try:
         fields = json.loads(response.text)
         said = fields.get("msg") or fields.get("error") or fields.get("detail") or ""
     except (ValueError, AttributeError):
         said = response.text
     hint = "; the key may lack the permission" if response.status_code in (401, 403) else ""
-    return NoAnswer(
-        f"HTTP {response.status_code} - {one_line(said)[:200]}{hint}", response.status_code
-    )
+    return NoAnswer(f"HTTP {response.status_code} - {said}{hint}", response.status_code)
 
 
 def checked(answer: Any, kind: type) -> Any:
@@ -605,10 +602,10 @@ def checked(answer: Any, kind: type) -> Any:
     if isinstance(answer, dict):
         said = answer.get("error_msg") or answer.get("error")
         if said:
-            raise NoAnswer(one_line(said))
+            raise NoAnswer(str(said))
         answer = answer.get("workers", answer) if kind is list else answer
     if not isinstance(answer, kind):
-        raise NoAnswer(f"an answer of an unknown form: {one_line(answer)[:100]}")
+        raise NoAnswer(f"an answer of an unknown form: {answer}")
     return answer
 
 
@@ -804,12 +801,12 @@ async def count_offers(asked: Asked, disk: float | None, conditions: Sequence[st
 
 
 def redacted(finding: Finding, secrets: Iterable[str]) -> Finding:
-    """A finding without the keys."""
+    """A finding without the keys, in a line that isn't long. (A key that is cut would stay.)"""
     what, do = finding.what, finding.do
     for secret in secrets:
         what = what.replace(secret, "(key)")
         do = tuple(line.replace(secret, "(key)") for line in do)
-    return finding._replace(what=what, do=do)
+    return finding._replace(what=one_line(what), do=do)
 
 
 def show(findings: Sequence[Finding]) -> list[str]:

@@ -26,6 +26,14 @@ def test_a_worker_in_error(vast):
     assert (fix.func.__name__, fix.INSTANCE_ID, fix.tail) == ("logs", 11, "200")
 
 
+def test_a_key_where_a_line_is_cut(vast):
+    vast.add_worker(11, "error")
+    for length in range(230, 300, 7):
+        vast.log = f"worker 11: {'x' * length}{KEY}"
+        what, _ = wrong(found(vast))
+        assert KEY[:8] not in what
+
+
 def test_a_worker_whose_provisioning_failed(vast):
     vast.add_worker(11, "ERROR")
     vast.log = "worker 11: provisioning has failed: see /var/log/portal/provisioning.log\nthe end"
