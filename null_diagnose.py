@@ -46,6 +46,7 @@ WORKER_PORT = "3000"  # the default of Vast's image
 MOVING_TAGS = ("", "latest", "main", "master", "nightly", "stable", "edge")
 
 JSON = dict[str, Any]  # an object of it
+UNKNOWN_FORM = (AttributeError, KeyError, TypeError, ValueError)  # raised by an odd answer
 Query = JSON | str  # a search for offers: {"gpu_name": {"eq": "RTX 4090"}}, or as a person types it
 
 
@@ -85,27 +86,34 @@ class Facts(NamedTuple):
 
     @property
     def endpoint(self) -> JSON | None:
-        """The endpoint that this is about."""
+        """Return the endpoint that this is about."""
         named = [each for each in self.endpoints or () if each.get("endpoint_name") == self.name]
         return named[0] if named else None
 
     @property
     def group(self) -> JSON:
-        """Its first workergroup, or nothing."""
+        """Return its first workergroup, or nothing."""
         return self.groups[0] if self.groups else {}
 
 
 def findings_of(facts: Facts) -> list[Finding]:
-    """What the facts say, in the order in which they are best looked at."""
+    """Return what the facts say, in the order in which it is best looked at."""
     checks = [check_key, check_endpoint, check_parameters, check_groups, check_template]
     checks += [check_workers, check_ports, check_room, check_cost, check_offers]
-    findings = [finding for check in checks for finding in check(facts)]
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings += check(facts)
+        except UNKNOWN_FORM as error:
+            subject = check.__name__.removeprefix("check_")
+            what = f"could not judge Vast's answer about the {subject}: {error!r}"
+            findings.append(Finding(what, wrong=False))
     asked_in_vain = [Finding(f"could not ask for {why}", wrong=False) for why in facts.unasked]
     return [*findings, *asked_in_vain]
 
 
 def vastai(*words: object) -> str:
-    """A command line for Vast's own command."""
+    """Return a line for Vast's own command."""
     return shlex.join(["vastai", *map(str, words)])
 
 
@@ -113,7 +121,7 @@ def vastai(*words: object) -> str:
 
 
 def check_key(facts: Facts) -> Iterator[Finding]:
-    """Whether Vast answers, takes the key, and the account has credit."""
+    """See whether Vast answers, takes the key, and the account has credit."""
     if facts.refused:
         what = f"Vast refuses the API key ($VAST_API_KEY, or the saved one): {facts.refused}"
         yield Finding(what, (vastai("set", "api-key", "KEY"),))
@@ -122,15 +130,15 @@ def check_key(facts: Facts) -> Iterator[Finding]:
     credit = credit_of(facts.user or {})
     needed = CREDIT_PER_ENDPOINT * len(facts.endpoints or [facts.name])
     if credit is not None and credit < needed:
-        what = f"the account has ${credit:.2f}: users report that Vast wants ${needed:.0f} here"
-        yield Finding(f"{what}; add credit at https://cloud.vast.ai/billing/", (SHOW_USER,))
-
-
-SHOW_USER = vastai("show", "user")
+        what = (
+            f"the account has ${credit:.2f}, and users report that Vast wants $5 for each endpoint "
+            f"(${needed:.0f} here): add credit at https://cloud.vast.ai/billing/"
+        )
+        yield Finding(what, (vastai("show", "user"),))
 
 
 def credit_of(user: JSON) -> float | None:
-    """The dollars of an account, where its key may see them."""
+    """Return the dollars of an account, where its key may see them."""
     for name in ("credit", "balance"):
         if isinstance(user.get(name), (int, float)):
             return float(user[name])
@@ -141,7 +149,7 @@ def credit_of(user: JSON) -> float | None:
 
 
 def check_endpoint(facts: Facts) -> Iterator[Finding]:
-    """Whether there is an endpoint of that name, and it is switched on."""
+    """See whether there is an endpoint of that name, and it is switched on."""
     if facts.endpoints is None:
         return
     endpoint = facts.endpoint
@@ -163,7 +171,7 @@ def check_endpoint(facts: Facts) -> Iterator[Finding]:
 
 
 def check_parameters(facts: Facts) -> Iterator[Finding]:
-    """Whether the endpoint scales by reservations.
+    """See whether the endpoint scales by reservations.
 
     A reserved worker shows a queue of FULL_QUEUE_TIME. Where more is allowed it gets the next
     reservation too, answers 429, and no worker is started.
@@ -193,7 +201,7 @@ def check_parameters(facts: Facts) -> Iterator[Finding]:
 
 
 def update_endpoint(endpoint: JSON, name: str, value: object) -> str:
-    """The command that changes one parameter and leaves the others."""
+    """Return the command that changes one parameter and leaves the others."""
     return vastai("update", "endpoint", endpoint["id"], f"--{name}", value)
 
 
@@ -201,25 +209,31 @@ def update_endpoint(endpoint: JSON, name: str, value: object) -> str:
 
 
 def check_groups(facts: Facts) -> Iterator[Finding]:
-    """Whether one workergroup says which workers the endpoint gets."""
+    """See whether one workergroup says which workers the endpoint gets."""
     endpoint = facts.endpoint
     if endpoint is None or facts.groups is None:
         return
     if not facts.groups:
         create = vastai("create", "workergroup", "--endpoint_name", facts.name, "--template_hash")
         do = f'{create} "${{HASH:?}}" --search_params "${{SEARCH:?}}"'
-        yield Finding("the endpoint has no workergroup, so no worker can be started", (do,))
+        what = (
+            "the endpoint has no workergroup, so no worker can be started; HASH is its template's, "
+            "SEARCH says which offers will do"
+        )
+        yield Finding(what, (do,))
     elif len(facts.groups) > 1:
         ids = ", ".join(str(group.get("id")) for group in facts.groups)
         what = (
             f"the endpoint has {len(facts.groups)} workergroups ({ids}), and a request names none"
         )
         do = vastai("show", "workergroups")
-        yield Finding(f"{what}: delete those for other queues", (f"{do}  # vastai delete ID",))
+        yield Finding(
+            f"{what}: delete those for other queues", (f"{do}  # vastai delete workergroup ID",)
+        )
 
 
 def check_template(facts: Facts) -> Iterator[Finding]:
-    """Whether the instances that the template makes run the worker."""
+    """See whether the instances that the template makes run the worker."""
     template = facts.template
     if template is None:
         return
@@ -236,7 +250,7 @@ def check_template(facts: Facts) -> Iterator[Finding]:
 
 
 def update_group(group: JSON, search: str, template: str = "") -> str:
-    """The command that gives a workergroup another search or template.
+    """Return the command that gives a workergroup another search or template.
 
     Users report that Vast merges a search into the one before: -n and all conditions replace it.
     """
@@ -248,7 +262,7 @@ def update_group(group: JSON, search: str, template: str = "") -> str:
 
 
 def starts_itself(template: JSON) -> bool:
-    """Whether the on-start script starts the worker, in the place of Vast's image."""
+    """Return whether the on-start script starts the worker, in the place of Vast's image."""
     onstart = onstart_of(template)
     return "start_server.sh" in onstart or "null_worker.py" in onstart
 
@@ -258,7 +272,10 @@ def onstart_of(template: JSON) -> str:
 
 
 def check_start(template: JSON) -> Iterator[Finding]:
-    """What a template lacks. By `entrypoint.sh` Vast's image runs what SERVERLESS switches on."""
+    """See what a template lacks.
+
+    By `entrypoint.sh` Vast's image runs what SERVERLESS switches on.
+    """
     onstart = onstart_of(template)
     runtype = str(template.get("runtype") or "")
     needs_entrypoint = re.search("ssh|jupyter", runtype) and not starts_itself(template)
@@ -282,7 +299,7 @@ def check_start(template: JSON) -> Iterator[Finding]:
 
 
 def check_switches(template: JSON) -> Iterator[Finding]:
-    """What keeps Vast's image from starting a worker though SERVERLESS is set."""
+    """See what keeps Vast's image from starting a worker though SERVERLESS is set."""
     if starts_itself(template):
         return
     if "pyworker" in onstart_of(template):
@@ -295,7 +312,7 @@ def check_switches(template: JSON) -> Iterator[Finding]:
 
 
 def check_versions(template: JSON) -> Iterator[Finding]:
-    """What may be another version tomorrow."""
+    """See what may be another version tomorrow."""
     tag = str(template.get("tag") or "")
     if tag in MOVING_TAGS or tag.startswith("@"):
         what = f"the image's tag {tag!r} moves: a new image may break workers that ran"
@@ -307,7 +324,7 @@ def check_versions(template: JSON) -> Iterator[Finding]:
 
 
 def variables_of(template: JSON) -> dict[str, str]:
-    """The environment that a template sets, by its Docker options."""
+    """Return the environment that a template sets, by its Docker options."""
     options = str(template.get("env") or "")
     try:
         words = shlex.split(options)
@@ -325,7 +342,7 @@ def new_version(
     instead: bool = False,
     variables: Iterable[str] = (),
 ) -> str:
-    """The command that changes a template. It wants every field, those that stay as well.
+    """Return the command that changes a template. It wants the fields that stay, too.
 
     `onstart` is added to the script, or is there instead. There may be credentials in what the
     template has: the command reads it from the shell, which stops where it isn't set.
@@ -355,13 +372,13 @@ UNITS = {"cpu_ram": 1000, "gpu_ram": 1000, "gpu_total_ram": 1000, "duration": 86
 
 
 def search_of(group: JSON) -> Query:
-    """The search of a workergroup, under the names that Vast has for it."""
+    """Return the search of a workergroup, under either name that Vast has for it."""
     query = group.get("search_query") or group.get("search_params") or {}
     return query if isinstance(query, dict) else str(query)
 
 
 def conditions_of(query: Query) -> list[str]:
-    """Each condition of a search as a person types it: `dph_total<0.6`."""
+    """Return each condition of a search as a person types it: `dph_total<0.6`."""
     if isinstance(query, str):
         return re.findall(
             r"\w+ *(?:[<>=!]+| (?:not )?in |notin ) *(?:\[[^]]*\]|\"[^\"]*\"|\S+)", query
@@ -380,19 +397,19 @@ def conditions_of(query: Query) -> list[str]:
 
 
 def typed(field: str, value: object) -> str:
-    """A value of a condition as a person types it, in the units of the command."""
+    """Return a value of a condition as a person types it, in the units of the command."""
     if field in UNITS and not isinstance(value, bool):
         return f"{float(str(value)) / UNITS[field]:g}"
     return str(value).replace(" ", "_")
 
 
 def query_text(query: Query) -> str:
-    """A search as a person types it."""
+    """Return a search as a person types it."""
     return query if isinstance(query, str) else " ".join(conditions_of(query))
 
 
 def without_machines(query: Query, machines: Iterable[object]) -> str:
-    """A search that leaves out some more machines."""
+    """Return a search that leaves out some more machines."""
     kept = []
     out = [str(machine) for machine in machines]
     for condition in conditions_of(query):
@@ -408,25 +425,25 @@ def without_machines(query: Query, machines: Iterable[object]) -> str:
 
 
 def word_of(worker: JSON) -> str:
-    """What a worker of Vast's list does."""
+    """Return what a worker of Vast's list does, in a word."""
     return worker_word(str(worker.get("status") or "unknown"), float(worker.get("cur_load") or 0))
 
 
 def age_of(worker: JSON, now: float) -> float | None:
-    """For how many seconds a worker has done what it does."""
+    """Return for how many seconds a worker has done what it does, where that is known."""
     since = worker.get("loaded_at" if word_of(worker) in ("free", "reserved") else "started_at")
     return max(0.0, now - float(since)) if since else None
 
 
 def minutes(seconds: float) -> str:
-    """A time for a person."""
+    """Return a time for a person."""
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
 
 
 def check_workers(facts: Facts) -> Iterator[Finding]:
-    """What the workers do, and which of them will come to nothing."""
+    """See what the workers do, and which of them will come to nothing."""
     if facts.workers is None:
         return
     ages: dict[str, list[float]] = {}
@@ -444,7 +461,7 @@ def check_workers(facts: Facts) -> Iterator[Finding]:
 
 
 def check_worker(facts: Facts, worker: JSON) -> Iterator[Finding]:
-    """Whether a worker is broken, loads for long, or can't start again."""
+    """See whether a worker is broken, loads for long, or can't start again."""
     number = int(worker["id"])
     word = word_of(worker)
     log = (vastai("logs", number, "--tail", 200),)
@@ -467,19 +484,19 @@ def check_worker(facts: Facts, worker: JSON) -> Iterator[Finding]:
 
 
 def destroy(instance: int) -> str:
-    """The command that gives an instance back, which does nothing without -y where nobody types."""
+    """Return the command that gives an instance back. Without -y it waits for a person."""
     return vastai("destroy", "instance", instance, "-y")
 
 
 def last_line(log: str, worker: int) -> str:
-    """The last line that names a worker, or the last one."""
+    """Return the last line that names a worker, or the last one."""
     lines = [line for line in log.splitlines() if line.strip()]
     naming = [line for line in lines if re.search(rf"\b{worker}\b", line)]
     return (naming or lines or [""])[-1]
 
 
 def check_ports(facts: Facts) -> Iterator[Finding]:
-    """Whether the workers that Vast routes to can be reached.
+    """See whether the workers that Vast routes to can be reached.
 
     A host that keeps its ports closed stays `idle`. Users saw the router count requests that never
     arrived there as its load, for over an hour.
@@ -504,7 +521,7 @@ def check_ports(facts: Facts) -> Iterator[Finding]:
 
 
 def check_room(facts: Facts) -> Iterator[Finding]:
-    """Whether stopped workers have used up max_workers: they count, and may never start again."""
+    """See whether stopped workers use up max_workers: they count, and may never start again."""
     endpoint = facts.endpoint
     most = endpoint.get("max_workers") if endpoint else None
     if endpoint is None or most is None or facts.workers is None:
@@ -517,17 +534,19 @@ def check_room(facts: Facts) -> Iterator[Finding]:
 
 
 def check_cost(facts: Facts) -> Iterator[Finding]:
-    """What the workers cost now."""
+    """See what the workers cost now."""
     running = [each for each in facts.instances.values() if each.get("actual_status") == "running"]
     if facts.instances:
         cost = sum(float(each.get("dph_total") or 0) for each in running)
-        what = f"{len(running)} running instances cost ${cost:.2f} an hour now"
-        disks = len(facts.instances) - len(running)
-        yield Finding(f"{what}, and the disks of {disks} others" if disks else what, wrong=False)
+        what = f"instances: {len(running)} running, which cost ${cost:.2f} an hour now"
+        others = len(facts.instances) - len(running)
+        if others:
+            what += f"; {others} not running, whose disks are billed"
+        yield Finding(what, wrong=False)
 
 
 def check_offers(facts: Facts) -> Iterator[Finding]:
-    """Whether there is anything to rent."""
+    """See whether there is anything to rent."""
     if facts.offers is None:
         return
     if facts.offers:
@@ -558,7 +577,9 @@ class NoAnswer(Exception):
 
 
 async def in_a_thread(call: Callable[[], Any], seconds: float) -> Any:
-    """The result of a call that blocks. Raises what it raises, or NoAnswer when its time is up.
+    """Return the result of a call that blocks.
+
+    Raises what the call raises, or NoAnswer when its time is up.
 
     The thread is a daemon, unlike asyncio's own: one that hangs doesn't keep the process alive.
     """
@@ -581,7 +602,7 @@ async def in_a_thread(call: Callable[[], Any], seconds: float) -> Any:
 
 
 def reason_of(error: Exception) -> NoAnswer:
-    """What went wrong with a question."""
+    """Return what went wrong with a question."""
     if isinstance(error, NoAnswer):
         return error
     response = getattr(error, "response", None)
@@ -598,7 +619,10 @@ def reason_of(error: Exception) -> NoAnswer:
 
 
 def checked(answer: Any, kind: type) -> Any:
-    """An answer of the kind that is expected. Raises NoAnswer for an error that came as a 200."""
+    """Return an answer of the kind that is expected.
+
+    Raises NoAnswer for any other, and for an error that came with status 200.
+    """
     if isinstance(answer, dict):
         said = answer.get("error_msg") or answer.get("error")
         if said:
@@ -624,7 +648,7 @@ class Asked:
             asker.client.timeout = ANSWER_TIMEOUT
 
     async def ask(self, asker: VastAI, method: str, *args: Any, **options: Any) -> Any:
-        """One question. Raises NoAnswer."""
+        """Ask one question. Raises NoAnswer."""
         call = getattr(asker, method, None)
         if call is None:
             version = importlib.metadata.version("vastai-sdk")
@@ -643,11 +667,11 @@ class Asked:
             raise reason_of(error) from error
 
     async def web(self, what: str, kind: type, method: str, *args: Any, **options: Any) -> Any:
-        """A question to the web API, or None."""
+        """Ask the web API. None: it didn't answer."""
         return await self._or_none(what, kind, self.ask(self._web, method, *args, **options))
 
     async def autoscaler(self, what: str, kind: type, method: str, *args: Any) -> Any:
-        """A question to the autoscaler, or None."""
+        """Ask the autoscaler. None: it didn't answer."""
         return await self._or_none(what, kind, self.ask(self._autoscaler, method, *args))
 
     async def _or_none(self, what: str, kind: type, asking: Any) -> Any:
@@ -660,7 +684,7 @@ class Asked:
         return answer
 
     async def endpoints(self) -> list[JSON]:
-        """All of the account's. Raises NoAnswer."""
+        """Ask for all endpoints of the account. Raises NoAnswer."""
         answer: list[JSON] = checked(await self.ask(self._web, "show_endpoints"), list)
         self._note_secrets(answer)
         return answer
@@ -672,7 +696,7 @@ class Asked:
 
 
 async def diagnose(client: Serverless, name: str) -> list[Finding]:
-    """Ask Vast about the endpoint of that name; what was found. Changes nothing.
+    """Ask Vast about the endpoint of that name, and return what was found. Change nothing.
 
     `client` is the SDK's. It needs not be open.
     """
@@ -683,7 +707,7 @@ async def diagnose(client: Serverless, name: str) -> list[Finding]:
 
 
 async def facts_of(asked: Asked, facts: Facts) -> Facts:
-    """Ask all that is to be known."""
+    """Ask for all that the checks go by."""
     try:
         facts = facts._replace(endpoints=await asked.endpoints())
     except NoAnswer as error:
@@ -703,18 +727,22 @@ async def facts_of(asked: Asked, facts: Facts) -> Facts:
             workers=workers,
             log="\n".join(text for text in (log or {}).values() if isinstance(text, str)),
         )
-        facts = await about_workers(asked, facts)
-        facts = await about_group(asked, facts)
+        for about in (about_workers, about_template, about_offers):
+            try:
+                facts = await about(asked, facts)
+            except UNKNOWN_FORM as error:
+                what = about.__name__.removeprefix("about_")
+                asked.unasked.append(f"more about the {what}: an odd answer: {error!r}")
     return facts._replace(unasked=tuple(asked.unasked))
 
 
 def groups_of(groups: Sequence[JSON], endpoint: JSON) -> list[JSON]:
-    """The workergroups of an endpoint."""
+    """Return the workergroups of an endpoint."""
     return [group for group in groups if group.get("endpoint_id") == endpoint["id"]]
 
 
 async def about_workers(asked: Asked, facts: Facts) -> Facts:
-    """The instances of the workers, and their ports."""
+    """Ask for the instances of the workers, and try their ports."""
     ids = [int(worker["id"]) for worker in facts.workers or ()]
     instances: dict[int, JSON] = {}
     for first in range(0, len(ids), 25):  # as many as Vast answers with at once
@@ -735,7 +763,7 @@ async def about_workers(asked: Asked, facts: Facts) -> Facts:
 
 
 def address_of(instance: JSON) -> tuple[str, int] | None:
-    """Where the worker of an instance is reached, where Vast says so."""
+    """Return where the worker of an instance is reached, if Vast says so."""
     pairs = [pair for pair in instance.get("extra_env") or [] if len(pair) == 2]
     inside = dict(pairs).get("WORKER_PORT") or WORKER_PORT
     try:
@@ -759,35 +787,36 @@ async def try_port(host: str, port: int) -> Port:
     return Port(address)
 
 
-async def about_group(asked: Asked, facts: Facts) -> Facts:
-    """The template of the first workergroup, and the offers that match its search."""
-    group = facts.group
-    if not group:
+async def about_template(asked: Asked, facts: Facts) -> Facts:
+    """Ask for the template of the first workergroup."""
+    by = "hash_id" if facts.group.get("template_hash") else "id"
+    which = facts.group.get("template_hash") or facts.group.get("template_id")
+    if which is None:
         return facts
-    by = "hash_id" if group.get("template_hash") else "id"
-    which = group.get("template_hash") or group.get("template_id")
-    if which is not None:
-        query = {by: {"eq": which}}
-        templates = await asked.web("the template", list, "search_templates", query)
-        facts = facts._replace(template=(templates or [None])[0])
-    conditions = conditions_of(search_of(group))
+    templates = await asked.web("the template", list, "search_templates", {by: {"eq": which}})
+    return facts._replace(template=(templates or [None])[0])
+
+
+async def about_offers(asked: Asked, facts: Facts) -> Facts:
+    """Ask for offers that match the first workergroup's search; if none, for the reason."""
+    conditions = conditions_of(search_of(facts.group))
     if not conditions:
         return facts
     count = partial(count_offers, asked, (facts.template or {}).get("recommended_disk_space"))
     facts = facts._replace(offers=await count(conditions))
-    if facts.offers == 0:
-        without = {}
-        for condition in conditions[:MOST_CONDITIONS]:
-            number = await count([each for each in conditions if each != condition])
-            if number is None:
-                break
-            without[condition] = number
-        facts = facts._replace(offers_without=without)
-    return facts
+    if facts.offers != 0:
+        return facts
+    without = {}
+    for condition in conditions[:MOST_CONDITIONS]:
+        number = await count([each for each in conditions if each != condition])
+        if number is None:
+            break
+        without[condition] = number
+    return facts._replace(offers_without=without)
 
 
 async def count_offers(asked: Asked, disk: float | None, conditions: Sequence[str]) -> int | None:
-    """How many offers there are, up to MOST_OFFERS."""
+    """Ask how many offers there are, up to MOST_OFFERS."""
     offers = await asked.web(
         *("the offers", list, "search_offers", " ".join(conditions)),
         limit=MOST_OFFERS,
@@ -801,7 +830,7 @@ async def count_offers(asked: Asked, disk: float | None, conditions: Sequence[st
 
 
 def redacted(finding: Finding, secrets: Iterable[str]) -> Finding:
-    """A finding without the keys, in a line that isn't long. (A key that is cut would stay.)"""
+    """Return a finding without the keys, its text then cut to a line: half a key isn't found."""
     what, do = finding.what, finding.do
     for secret in secrets:
         what = what.replace(secret, "(key)")
@@ -810,11 +839,12 @@ def redacted(finding: Finding, secrets: Iterable[str]) -> Finding:
 
 
 def show(findings: Sequence[Finding]) -> list[str]:
-    """The lines that a person gets: what is, and under what is wrong what to do about it."""
+    """Return the lines that a person gets: what is, and under what is wrong what to do."""
     lines = []
     for finding in findings:
         lines.append(f"wrong: {finding.what}" if finding.wrong else finding.what)
         lines += [f"    {command}" for command in finding.do]
     wrong = sum(finding.wrong for finding in findings)
-    lines.append(f"{wrong} wrong" if wrong else "nothing wrong was found")
-    return lines
+    if wrong:
+        return [*lines, "1 thing is wrong" if wrong == 1 else f"{wrong} things are wrong"]
+    return [*lines, "nothing wrong was found"]

@@ -30,7 +30,7 @@ def test_nothing_is_wrong(vast):
     said = show(findings)
     assert said[0] == "workers: 1 free (for 10 min at most), 1 reserved (for 10 min at most)"
     assert said[1:] == [
-        "2 running instances cost $0.50 an hour now",
+        "instances: 2 running, which cost $0.50 an hour now",
         "offers that match the workergroup's search: 12",
         "nothing wrong was found",
     ]

@@ -119,7 +119,10 @@ def test_what_the_workers_cost(vast):
         vast.add_worker(11, port=open_port, dph_total=0.31)
         vast.add_worker(12, "stopped")
         said = show(found(vast))
-    assert "1 running instances cost $0.31 an hour now, and the disks of 1 others" in said
+    assert (
+        "instances: 1 running, which cost $0.31 an hour now; 1 not running, whose disks are billed"
+        in said
+    )
 
 
 def test_no_offer_because_of_one_condition(vast):
@@ -218,6 +221,19 @@ def test_an_older_sdk_that_cannot_ask(vast, monkeypatch):
     )
 
 
+def test_an_answer_that_nobody_expected(vast):
+    """What can't be judged is told, and the rest is judged."""
+    vast.add_worker(11, "error")
+    vast.workers.append({"status": "idle"})
+    vast.endpoint["max_queue_time"] = "soon"
+    vast.group["search_query"] = {"gpu_name": {"in": None}}
+    vast.template["tag"] = "latest"
+    findings = found(vast)
+    assert any("the image's tag" in finding.what for finding in findings if finding.wrong)
+    told = [each.what for each in findings if re.match("could not (judge|ask)", each.what)]
+    assert len(told) >= 3
+
+
 def test_what_is_shown():
     findings = [
         Finding("workers: none", wrong=False),
@@ -228,7 +244,7 @@ def test_what_is_shown():
         "wrong: endpoint queue is stopped",
         "    vastai do",
         "    vastai that",
-        "1 wrong",
+        "1 thing is wrong",
     ]
     assert show([])[-1] == "nothing wrong was found"
 
