@@ -27,8 +27,9 @@ HOST = "127.0.0.1"
 # A stopped worker serves within 2 minutes, a new one may load for half an hour.
 WAIT_BUCKETS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)  # seconds
 WORKER_STATES = ("reserved", "free", "loading", "stopping", "stopped", "broken")
-TROUBLES = (
+TROUBLES = (  # those of null_backlog.py: each has a sample from the start
     "backlog",
+    "vast",
     "refused",
     "unreachable",
     "ghost",
@@ -77,7 +78,7 @@ class Metrics(Collector):
             thread.join()
 
     def collect(self) -> Iterator[Metric]:
-        """What a scrape gets, beside the histogram; in another thread."""
+        """Give what a scrape gets beside the histogram. Called in another thread."""
         if self._progress is not None:
             yield from of_progress(self._progress)
         if self._workers is not None:
@@ -86,7 +87,7 @@ class Metrics(Collector):
 
 
 def of_progress(progress: Progress) -> Iterator[Metric]:
-    """The metrics that say how follow() gets on. What isn't known has no sample."""
+    """Give the metrics that say how follow() gets on. What isn't known has no sample."""
     jobs = progress.jobs
     if jobs is not None:
         counts = {"waiting": jobs.waiting, "in_hand": jobs.in_hand}
@@ -95,7 +96,7 @@ def of_progress(progress: Progress) -> Iterator[Metric]:
             # Not a counter: it may fall, where the queue forgets old results.
             text = "Jobs that are done or were put aside, as the queue counts them."
             yield GaugeMetricFamily("null_jobs_done", text, jobs.done)
-    wanted = "Workers that the jobs are worth, within --max."
+    wanted = "Workers for the jobs that are not done, --max at most."
     yield GaugeMetricFamily("null_workers_wanted", wanted, progress.wanted)
     held = {"own": progress.own, "others": progress.others}
     yield gauge("null_reservations_held", "Reservations that are held now.", "holder", held)
@@ -105,12 +106,13 @@ def of_progress(progress: Progress) -> Iterator[Metric]:
     yield CounterMetricFamily("null_reserved_seconds", reserved, progress.reserved_seconds)
     failed = "Times that the backlog could not be counted."
     yield CounterMetricFamily("null_backlog_failures", failed, progress.failed_counts)
-    now = {name: int(name in progress.troubles) for name in TROUBLES}
+    names = dict.fromkeys([*TROUBLES, *progress.troubles])
+    now = {name: int(name in progress.troubles) for name in names}
     yield gauge("null_trouble", "Whether this goes wrong now: 1, or 0.", "name", now)
 
 
 def gauge(name: str, text: str, label: str, values: Mapping[str, int | None]) -> Metric:
-    """A gauge with one label, whose values are few and known beforehand."""
+    """Return a gauge with one label, whose values are few and known beforehand."""
     metric = GaugeMetricFamily(name, text, labels=[label])
     for value, number in values.items():
         if number is not None:

@@ -15,7 +15,9 @@ pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from null_backlog import Jobs, Progress, follow
+from null_local import LocalVast
 from null_metrics import TROUBLES, Metrics
+from tests.kit.environment import HERE
 from tests.kit.waiting import eventually
 
 TWICE = Progress(
@@ -157,9 +159,24 @@ def test_only_this_machine_is_served_and_nothing_is_left():
         pass
 
 
+@contextlib.asynccontextmanager
+async def metrics_of(vast, backlog, most):
+    """What gives the value of a metric, scraped while the backlog is followed."""
+    metrics = Metrics()
+    async with vast.client() as client:
+        endpoint = await client.get_endpoint(vast.endpoint_name)
+        work = follow(endpoint, backlog, most, every=0.2, on_progress=metrics.has_progressed)
+        following = asyncio.ensure_future(work)
+        try:
+            with served(metrics) as url:
+                yield lambda name: samples(scraped(url)).get(name)
+        finally:
+            following.cancel()
+            await asyncio.wait({following})
+
+
 @pytest.mark.anyio
 async def test_metrics_of_a_backlog(vast):
-    """Scraped while real workers are reserved."""
     jobs = [(2, 0)]
     failing = [OSError("no queue")]
 
@@ -168,25 +185,37 @@ async def test_metrics_of_a_backlog(vast):
             raise failing.pop()
         return jobs[-1]
 
-    metrics = Metrics()
-    async with vast.client() as client:
-        endpoint = await client.get_endpoint(vast.endpoint_name)
-        following = asyncio.ensure_future(
-            follow(endpoint, backlog, 2, every=0.2, on_progress=metrics.has_progressed)
-        )
-        try:
-            with served(metrics) as url:
+    async with metrics_of(vast, backlog, 2) as value:
+        await eventually(lambda: value('null_reservations_held{holder="own"}') == 2)
+        jobs.append((0, 2))
+        assert value("null_reservation_wait_seconds_count") == 2
+        assert 0 < value("null_reservation_wait_seconds_sum") < 120
+        assert value("null_backlog_failures_total") == 1
+        before = value("null_reserved_seconds_total")
+        await eventually(lambda: value("null_reserved_seconds_total") > before + 0.5)
 
-                def value(name):
-                    return samples(scraped(url)).get(name)
 
-                await eventually(lambda: value('null_reservations_held{holder="own"}') == 2)
-                jobs.append((0, 2))
-                assert value("null_reservation_wait_seconds_count") == 2
-                assert 0 < value("null_reservation_wait_seconds_sum") < 120
-                assert value("null_backlog_failures_total") == 1
-                before = value("null_reserved_seconds_total")
-                await eventually(lambda: value("null_reserved_seconds_total") > before + 0.5)
-        finally:
-            following.cancel()
-            await asyncio.wait({following})
+@pytest.mark.anyio
+async def test_metrics_of_consumers_that_are_broken():
+    """Three workers, each of which lets go at once, and no job moves."""
+
+    async def backlog():
+        return 12, 0
+
+    async with (
+        LocalVast(3, environment={"NULL_CONSUMER": "false"}, control_port=None) as vast,
+        metrics_of(vast, backlog, 3) as value,
+    ):
+        await eventually(lambda: value('null_trouble{name="stuck"}') == 1, 60)
+        assert value("null_reservation_wait_seconds_count") >= 3
+        assert value('null_jobs{state="waiting"}') == 12
+        assert value('null_trouble{name="backlog"}') == 0
+
+
+def test_each_trouble_has_a_sample_from_the_start():
+    """Else an alert has nothing to compare with."""
+    source = (HERE / "null_backlog.py").read_text()
+    _, _, rest = source.partition("def _note_troubles")
+    names = re.findall(r'^ {12}"(\w+)": ', rest.partition("\n    def ")[0], re.MULTILINE)
+    assert {"backlog", *names} == set(TROUBLES)
+    assert len(names) >= 8
