@@ -18,6 +18,8 @@ from prometheus_client import CollectorRegistry, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from null_backlog import TROUBLES
+
 if TYPE_CHECKING:
     from null_backlog import Progress
 
@@ -27,17 +29,6 @@ HOST = "127.0.0.1"
 # A stopped worker serves within 2 minutes, a new one may load for half an hour.
 WAIT_BUCKETS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)  # seconds
 WORKER_STATES = ("reserved", "free", "loading", "stopping", "stopped", "broken")
-TROUBLES = (  # those of null_backlog.py: each has a sample from the start
-    "backlog",
-    "vast",
-    "refused",
-    "unreachable",
-    "ghost",
-    "stuck",
-    "stranded",
-    "idle",
-    "waiting",
-)
 
 
 class Metrics(Collector):
@@ -106,8 +97,7 @@ def of_progress(progress: Progress) -> Iterator[Metric]:
     yield CounterMetricFamily("null_reserved_seconds", reserved, progress.reserved_seconds)
     failed = "Times that the backlog could not be counted."
     yield CounterMetricFamily("null_backlog_failures", failed, progress.failed_counts)
-    names = dict.fromkeys([*TROUBLES, *progress.troubles])
-    now = {name: int(name in progress.troubles) for name in names}
+    now = {name: int(name in progress.troubles) for name in TROUBLES}
     yield gauge("null_trouble", "Whether this goes wrong now: 1, or 0.", "name", now)
 
 
