@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 
+import prometheus_client
 import pytest
 
 import null_backlog
 import null_consumer
+import null_metrics
 import null_worker
 from tests.kit.environment import BARE, HERE
 from tests.kit.pages import PAGES, blocks, commands, rows, section
@@ -207,23 +209,15 @@ def troubles_of_page():
 
 
 def test_the_troubles_of_the_page_are_those_of_the_code():
-    (notes,) = [
-        node
-        for node in ast.walk(ast.parse((HERE / "null_backlog.py").read_text()))
-        if isinstance(node, ast.FunctionDef) and node.name == "_note_troubles"
-    ]
-    (names,) = [node.keys for node in ast.walk(notes) if isinstance(node, ast.Dict)]
-    assert troubles_of_page() == ["backlog", *(name.value for name in names)]
+    assert troubles_of_page() == list(null_backlog.TROUBLES)
 
 
 def test_the_metrics_of_the_page_are_those_of_the_code():
-    null_metrics = pytest.importorskip("null_metrics")
-    client = pytest.importorskip("prometheus_client")
     metrics = null_metrics.Metrics()
     jobs = null_backlog.Jobs(waiting=1, in_hand=1, done=1)
     metrics.has_progressed(null_backlog.Progress(jobs=jobs, opened=1))
     metrics.has_workers(["free"])
-    text = client.generate_latest(metrics._registry).decode()
+    text = prometheus_client.generate_latest(metrics._registry).decode()
     served = {
         (name, kind) for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE)
     }
