@@ -282,6 +282,7 @@ def test_a_finding_has_its_form(path):
     assert text.startswith("#!/usr/bin/env bash\n# ")
     assert os.access(path, os.X_OK)
     assert "\nset -euo pipefail\n" in text
+    assert "@@" not in text, "what was seen?"
     assert re.search(r"^# .*\b20\d\d-\d\d-\d\d\b", text, re.MULTILINE), "when was it seen?"
     assert subprocess.run(["bash", "-n", path]).returncode == 0
 
