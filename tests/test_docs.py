@@ -265,9 +265,15 @@ def test_a_line_is_printed_by_the_code(page, line):
 
 
 def test_there_is_one_version():
-    project = (HERE / "pyproject.toml").read_text()
     newest = re.search(r"^## ([\d.]+)", PAGES["CHANGELOG.md"], re.MULTILINE)[1]
-    assert f'\nversion = "{newest}"\n' in project
+    stated = [
+        found
+        for name in ("pyproject.toml", "null_client.py")
+        for found in re.findall(
+            r'^(?:__)?version(?:__)? = "(.+?)"', (HERE / name).read_text(), re.MULTILINE
+        )
+    ]
+    assert stated == [newest]
     assert f"Status: {newest.rpartition('.')[0]}" in PAGES["README.md"]
 
 
