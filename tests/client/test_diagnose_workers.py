@@ -173,8 +173,9 @@ def test_a_search_as_a_person_typed_it(vast):
         ),
     ],
 )
-def test_a_question_without_an_answer(vast, path, status, answer, said):
+def test_a_question_without_an_answer(vast, monkeypatch, path, status, answer, said):
     """It is told, the others are asked all the same, and that alone is not called wrong."""
+    monkeypatch.setattr(null_diagnose, "RATE_PAUSE", None)  # none of these is asked again later
     with ports() as (open_port, _):
         vast.add_worker(11, port=open_port)
         vast.endpoint["endpoint_state"] = "suspended"
