@@ -129,6 +129,15 @@ def test_what_the_workers_cost(vast):
     )
 
 
+def test_more_workers_than_one_page_of_instances_has(vast):
+    vast.endpoint["max_workers"] = 50
+    for number in range(30):
+        vast.add_worker(number, "stopped")
+    said = show(found(vast))
+    assert any("30 not running" in line for line in said)
+    assert vast.asked.count(("GET", "/api/v1/instances/")) == 2
+
+
 def test_no_offer_because_of_one_condition(vast):
     vast.offers = 0
     vast.short = {"dph_total": 31, "gpu_name": 2}
