@@ -3,6 +3,7 @@
     python null_client.py --endpoint NAME            one reservation, held 180 s
     python null_client.py --endpoint NAME --demo     three, ramped up and down
     python null_client.py --endpoint NAME --backlog COMMAND --max N    as many as there are jobs
+    python null_client.py --endpoint NAME --diagnose    why no worker comes
     python null_client.py --local ...                the same on this machine: no account, no GPU
 
 `--help` says the rest. `from null_client import reserve, follow` works, too.
@@ -40,7 +41,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -50,8 +51,9 @@ if TYPE_CHECKING:
 
     from vastai import Endpoint  # type: ignore[import-untyped]
 
-    from null_backlog import follow
+    from null_backlog import Progress, follow
     from null_display import BacklogDisplay, Display, Screen
+    from null_metrics import Metrics
     from null_reservation import reserve
 
 log = logging.getLogger("null_client")
@@ -91,14 +93,17 @@ MODES: dict[str, dict[str, Any]] = {
         "every": 5,
         "settle": 30,
         "once": False,
+        "metrics": None,
         **EACH,
     },
+    "diagnose": {},
 }
 
 USAGE = """%(prog)s PLACE [options]                            one worker
        %(prog)s PLACE --demo [options]                     several, up and down
        %(prog)s PLACE --backlog COMMAND --max N [options]  as many as there are jobs
        %(prog)s PLACE --watch COMMAND --max N [options]    the same, sooner
+       %(prog)s --endpoint NAME --diagnose                 why no worker comes
        where PLACE is --endpoint NAME or --local"""
 EPILOG = """\
 environment:
@@ -107,8 +112,8 @@ environment:
                  while that is reserved. On Vast it belongs into the template of the instances.
 
 exit status:
-  0    all were held and released; --backlog --once: no job is left
-  1    not reserved, lost or unreachable; --backlog --once: given up
+  0    all were held and released; --backlog --once: no job is left; --diagnose: nothing is wrong
+  1    not reserved, lost or unreachable; --backlog --once: given up; --diagnose: something is wrong
   2    an argument or a setting is wrong
   130  Ctrl-C (143: SIGTERM), and every session is closed. --backlog: what waits is taken back,
        what is reserved goes on
@@ -218,6 +223,12 @@ def add_modes(parser: Parser) -> None:
     add(backlog, "--every", seconds, "seconds between two looks at the jobs")
     add(backlog, "--settle", seconds, "seconds of too many, until a request is taken back")
     backlog("--once", action="store_true", default=None, help="end when no job is left")
+    port = partial(number, 1, 65535, whole=True)
+    text = "serve Prometheus metrics at http://127.0.0.1:PORT/metrics"
+    backlog("--metrics", metavar="PORT", type=port, help=text)
+    diagnose = group("why no worker comes", "--endpoint my-queue --diagnose")
+    text = "ask Vast, say what is wrong and what to do, and end; it changes nothing"
+    diagnose("--diagnose", action="store_true", default=None, help=text)
     each = group("each reservation")
     add(each, "--cost", whole(1e6), "its load; 100 is one worker")
     add(each, "--lifetime", partial(number, 1, 86400), "seconds that it lasts unless renewed")
@@ -261,16 +272,20 @@ def check_folder(args: argparse.Namespace) -> None:
             os.getcwd()
         except FileNotFoundError:
             raise UsageError("the working folder has been deleted: cd to another one") from None
+    if args.local and args.diagnose:
+        raise UsageError("argument --diagnose: not with --local: it is about Vast itself")
 
 
 def mode_of(args: argparse.Namespace) -> str:
     """Return the one mode that was named, or `single`."""
-    named = [name for name in ("demo", "backlog", "watch") if vars(args)[name] is not None]
+    named = [
+        name for name in ("demo", "backlog", "watch", "diagnose") if vars(args)[name] is not None
+    ]
     if len(named) > 1:
         raise UsageError(f"argument --{named[1]}: not with --{named[0]}")
     if not named:
         return "single"
-    return "demo" if args.demo else "backlog"
+    return "backlog" if named == ["watch"] else named[0]
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -449,23 +464,34 @@ async def attempt_backlog(args: argparse.Namespace, display: BacklogDisplay) -> 
     """Follow the backlog, shown on the way. Return the exit status. Raises Stuck."""
     try:
         async with contextlib.AsyncExitStack() as stack:
+            watchers: list[BacklogDisplay | Metrics] = [display]
+            if args.metrics is not None:
+                watchers.append(stack.enter_context(served_metrics(args.metrics)))
             endpoint = await connect(stack, args, args.max, display)
             interval = 1.0 if args.local else args.every
-            showing = asyncio.create_task(keep_showing_workers(endpoint, display, interval))
+            showing = asyncio.create_task(keep_showing_workers(endpoint, watchers, interval))
             stack.callback(showing.cancel)
-            await follow_backlog(endpoint, args, display)
+            await follow_backlog(endpoint, args, display, watchers)
     finally:
         display.show_end()
     return 0
 
 
 async def follow_backlog(
-    endpoint: Endpoint, args: argparse.Namespace, display: BacklogDisplay
+    endpoint: Endpoint,
+    args: argparse.Namespace,
+    display: BacklogDisplay,
+    watchers: Sequence[BacklogDisplay | Metrics],
 ) -> None:
     from null_backlog import follow
     from null_count import run_backlog, watch_backlog
 
     watched = args.watch is not None
+
+    def tell(progress: Progress) -> None:
+        for watcher in watchers:
+            watcher.has_progressed(progress)
+
     await follow(
         endpoint,
         watch_backlog(args.watch) if watched else partial(run_backlog, args.backlog),
@@ -476,19 +502,52 @@ async def follow_backlog(
         once=args.once,
         cost=args.cost,
         lifetime=args.lifetime,
-        on_progress=display.has_progressed,
+        on_progress=tell,
         on_trouble=display.has_trouble,
     )
 
 
 async def keep_showing_workers(
-    endpoint: Endpoint, display: BacklogDisplay, interval: float
+    endpoint: Endpoint, watchers: Sequence[BacklogDisplay | Metrics], interval: float
 ) -> None:
     """Show what the workers do, each `interval` seconds."""
     while True:
         with contextlib.suppress(Exception):  # a display only; follow() asks for itself
-            display.has_workers(await workers_in_words(endpoint))
+            words = await workers_in_words(endpoint)
+            for watcher in watchers:
+                watcher.has_workers(words)
         await asyncio.sleep(interval)
+
+
+@contextlib.contextmanager
+def served_metrics(port: int) -> Iterator[Metrics]:
+    """Serve metrics on a port of this machine. Raises UsageError."""
+    try:
+        from null_metrics import Metrics
+    except ModuleNotFoundError as error:
+        if error.name != "prometheus_client":
+            raise
+        why = "argument --metrics: needs prometheus_client: pip install prometheus_client"
+        raise UsageError(why) from error
+    metrics = Metrics()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(metrics.served(port))
+        except OSError as error:
+            raise UsageError(f"argument --metrics: port {port}: {error.strerror}") from error
+        yield metrics
+
+
+# Why no worker comes
+
+
+async def attempt_diagnosis(args: argparse.Namespace) -> int:
+    """Ask Vast, and print what was found. Return the exit status. Raises UsageError."""
+    from null_diagnose import diagnose, show
+
+    findings = await diagnose(vast_client(args.instance), args.endpoint)
+    print("\n".join(show(findings)), flush=True)
+    return int(any(finding.wrong for finding in findings))
 
 
 # Signals
@@ -567,7 +626,8 @@ def main(arguments: list[str] | None = None) -> int:
         debug = args.debug
         if debug:
             show_debug_log()
-        status = asyncio.run(run(args))
+        work = attempt_diagnosis if args.mode == "diagnose" else run
+        status = asyncio.run(work(args))
     except Exception as error:  # noqa: BLE001  a person gets a line, whatever went wrong
         if debug:
             traceback.print_exc()
