@@ -1,7 +1,6 @@
 // What the consumer and the dispatcher's side have in common.
 const LOCK = Number(process.env.LOCK ?? 30); // seconds
 
-exports.name = "jobs";
 exports.connection = { url: process.env.REDIS_URL ?? "redis://127.0.0.1:6379" };
 // The dispatcher's side doesn't wait for a Redis that is away: it says so, and looks again later.
 exports.oneTry = { ...exports.connection, retryStrategy: () => null };
