@@ -64,11 +64,10 @@ def test_the_watch_tells_a_change_at_once_and_ends_with_its_server(dramatiq, red
 def test_a_job_in_hand_outlives_its_worker_also_while_no_other_runs(redis_url):
     dramatiq = Example("dramatiq", REDIS_URL=redis_url, HEARTBEAT_TIMEOUT="3")
     dramatiq.put(1, 60)
-    with dramatiq.watch() as watch:
-        with dramatiq.consumer() as consumer:
-            watch.says(0, 1)
-            kill(consumer, *psutil.Process(consumer.pid).children(recursive=True))
-            watch.says(1, 0)
+    with dramatiq.watch() as watch, dramatiq.consumer() as consumer:
+        watch.says(0, 1)
+        kill(consumer, *psutil.Process(consumer.pid).children(recursive=True))
+        watch.says(1, 0)
 
 
 def test_a_delayed_job_waits_as_soon_as_it_is_due(dramatiq):
