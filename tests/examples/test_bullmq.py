@@ -93,7 +93,7 @@ def test_a_delayed_job_waits_as_soon_as_it_is_due(bullmq):
         const { Queue } = require("bullmq");
         const { connection } = require("./queue.js");
         const queue = new Queue("jobs", { connection });
-        queue.add("work", { seconds: 0 }, { delay: 4000 }).then(() => queue.close());
+        queue.add("work", { seconds: 0 }, { delay: 8000 }).then(() => queue.close());
     """
     subprocess.run(
         [which("node"), "-e", put], cwd=bullmq.folder, env=bullmq.environment, check=True

@@ -1,8 +1,6 @@
 """examples/celery: Celery's own worker, which `--empty` sends home."""
 
 import importlib.util
-import subprocess
-import sys
 
 import psutil
 import pytest
@@ -45,10 +43,7 @@ def forgetful(redis_url):
 @pytest.fixture
 def due_later(celery):
     """A task with an `eta`, which a worker fetches long before it is due."""
-    put = "import tasks; tasks.work.apply_async([0], countdown=3600)"
-    subprocess.run(
-        [sys.executable, "-c", put], cwd=celery.folder, env=celery.environment, check=True
-    )
+    celery.run_python("import tasks; tasks.work.apply_async([0], countdown=3600)")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """examples/dramatiq: Dramatiq's own worker on Redis, which `--empty` sends home."""
 
 import importlib.util
-import subprocess
-import sys
 
 import psutil
 import pytest
@@ -71,10 +69,7 @@ def test_a_job_in_hand_outlives_its_worker_also_while_no_other_runs(redis_url):
 
 
 def test_a_delayed_job_waits_as_soon_as_it_is_due(dramatiq):
-    put = "import tasks; tasks.work.send_with_options(args=(0,), delay=3000)"
-    subprocess.run(
-        [sys.executable, "-c", put], cwd=dramatiq.folder, env=dramatiq.environment, check=True
-    )
+    dramatiq.run_python("import tasks; tasks.work.send_with_options(args=(0,), delay=8000)")
     with dramatiq.watch() as watch:
         watch.says(0, 0)
         watch.says(1, 0)

@@ -117,7 +117,7 @@ def test_a_job_that_takes_its_whole_worker_with_it_goes_aside_the_third_time(rq,
 
 
 def test_a_scheduled_job_waits_as_soon_as_it_is_due(rq, queue):
-    queue.enqueue_in(datetime.timedelta(seconds=3), "tasks.work", 0)
+    queue.enqueue_in(datetime.timedelta(seconds=8), "tasks.work", 0)
     with rq.watch() as watch:
         watch.says(0, 0, 0)
         watch.says(1, 0, 0)

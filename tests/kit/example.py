@@ -102,6 +102,13 @@ class Example:
         assert done.returncode == 0, f"{executable}: {done.stderr}"
         return done.stdout.splitlines()
 
+    def run_python(self, code):
+        """Run code in the example's folder, with the Python that its executables have."""
+        python = shutil.which("python3", path=self.environment["PATH"])
+        subprocess.run(
+            [python, "-c", code], cwd=self.folder, env=self.environment, timeout=60, check=True
+        )
+
     def put(self, count, what="1", queue=None):
         """Put jobs in that take so many seconds, or `fail`, or `kill` their worker."""
         named = ("--queue", queue) if queue else ()
