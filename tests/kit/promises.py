@@ -8,12 +8,14 @@ import psutil
 QUEUES = ("high", "low")
 
 
-def check_a_run_in_which_much_goes_wrong(example, folder, *, end, after_kill=None, **variables):
+def check_a_run_in_which_much_goes_wrong(
+    example, folder, *, end, dies=0, after_kill=None, **variables
+):
     """Eighteen jobs of a second in two queues, two that never end well, and a consumer is killed.
 
     All its processes are, once three jobs are in hand. `after_kill` makes up for the time that the
-    system takes to give a dead worker's job back. `end` is what the last count must be. Returns how
-    many reservations there were.
+    system takes to give a dead worker's job back. `end` is what the last count must be, and `dies`
+    how many consumers the job takes with it that kills its process.
     """
     example.put(1, "fail", queue="high")
     example.put(1, "kill", queue="high")
@@ -33,7 +35,10 @@ def check_a_run_in_which_much_goes_wrong(example, folder, *, end, after_kill=Non
     assert example.backlog(*QUEUES) == end
     assert example.outcomes(*QUEUES) == (18, 2)
     assert example.backlog("other")[0] == 1
-    return run.said().count("null_consumer: reserved ")
+    # Three workers, one more for each consumer that died. As many again may have found nothing to
+    # do: a count is a look old, and on a busy machine a job that was seen waiting is taken by then.
+    needed = 3 + 1 + dies
+    assert needed - 2 <= run.said().count("null_consumer: reserved ") <= 2 * needed
 
 
 def check_named_queues_without_a_worker(example, *, last=(0,), ends=True):
