@@ -1,0 +1,63 @@
+"""examples/rabbitmq: quorum queues of a real RabbitMQ, by pika."""
+
+import pytest
+
+from tests.kit.broker import needs_rabbitmq, shared_server
+from tests.kit.promises import (
+    Queues,
+    check_that_a_watching_backlog_tells_of_each_change,
+    check_that_bad_jobs_go_aside_and_late_ones_are_done,
+    check_that_jobs_are_done_once_though_a_consumer_is_killed,
+    check_that_sigterm_lets_the_job_be_finished,
+    queue_names,
+)
+
+pytestmark = needs_rabbitmq
+pika = pytest.importorskip("pika", reason="pika is not installed")
+
+
+@pytest.fixture(scope="session")
+def url(tmp_path_factory):
+    with shared_server("rabbitmq", tmp_path_factory.getbasetemp().parent) as url:
+        yield url
+
+
+@pytest.fixture
+def rabbitmq(url):
+    return Queues("rabbitmq", *queue_names(2), AMQP_URL=url)
+
+
+@pytest.fixture
+def put_late(url, rabbitmq):
+    """Put a job into a queue whose messages RabbitMQ moves to the jobs when their time is over."""
+
+    def put(seconds):
+        with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+            arguments = {
+                "x-dead-letter-exchange": "",
+                "x-dead-letter-routing-key": rabbitmq.queues[0],
+                "x-message-ttl": seconds * 1000,
+            }
+            channel = connection.channel()
+            channel.queue_declare(f"{rabbitmq.queues[0]}.later", arguments=arguments)
+            late = pika.BasicProperties(message_id="late")
+            channel.basic_publish("", f"{rabbitmq.queues[0]}.later", b'{"what": "0"}', late)
+
+    return put
+
+
+def test_jobs_are_done_once_though_a_consumer_is_killed(rabbitmq, tmp_path):
+    check_that_jobs_are_done_once_though_a_consumer_is_killed(rabbitmq, tmp_path)
+
+
+@pytest.mark.long
+def test_bad_jobs_go_aside_and_late_ones_are_done(rabbitmq, put_late, tmp_path):
+    check_that_bad_jobs_go_aside_and_late_ones_are_done(rabbitmq, tmp_path, put_late)
+
+
+def test_a_watching_backlog_tells_of_each_change(rabbitmq):
+    check_that_a_watching_backlog_tells_of_each_change(rabbitmq, "AMQP_URL")
+
+
+def test_sigterm_lets_the_job_be_finished(rabbitmq):
+    check_that_sigterm_lets_the_job_be_finished(rabbitmq)
