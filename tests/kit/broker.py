@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -221,8 +222,9 @@ def keep(kind, folder):
 
 
 @contextlib.contextmanager
-def database(server_url, name):
+def database(server_url):
     """Yield the URL of a new database on this PostgreSQL."""
+    name = f"tests_{uuid.uuid4().hex}"
     with psycopg.connect(f"{server_url}/postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
         yield f"{server_url}/{name}"

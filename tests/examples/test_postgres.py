@@ -1,0 +1,75 @@
+"""examples/postgres: a table of jobs in a real PostgreSQL."""
+
+import pytest
+
+from tests.kit.broker import database, needs_postgres, shared_server
+from tests.kit.promises import (
+    Queues,
+    check_that_a_watching_backlog_tells_of_each_change,
+    check_that_bad_jobs_go_aside_and_late_ones_are_done,
+    check_that_jobs_are_done_once_though_a_consumer_is_killed,
+    check_that_sigterm_lets_the_job_be_finished,
+    queue_names,
+)
+
+pytestmark = needs_postgres
+psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory):
+    with shared_server("postgres", tmp_path_factory.getbasetemp().parent) as url:
+        yield url
+
+
+@pytest.fixture
+def url(server_url):
+    with database(server_url) as url:
+        yield url
+
+
+@pytest.fixture
+def postgres(url):
+    return Queues("postgres", *queue_names(2), DATABASE_URL=url, LEASE="5")
+
+
+@pytest.fixture
+def put_late(url, postgres):
+    def put(seconds):
+        insert = "INSERT INTO jobs (queue, what, due) VALUES (%s, '0', now() + %s * interval '1 s')"
+        with psycopg.connect(url) as connection:
+            connection.execute(insert, [postgres.queues[0], seconds])
+
+    return put
+
+
+def test_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path):
+    check_that_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path)
+    assert postgres.backlog() == (0, 0, 18)
+
+
+@pytest.mark.long
+def test_bad_jobs_go_aside_and_late_ones_are_done(postgres, put_late, tmp_path):
+    check_that_bad_jobs_go_aside_and_late_ones_are_done(postgres, tmp_path, put_late)
+    assert postgres.backlog() == (0, 0, 5)
+
+
+def test_a_watching_backlog_tells_of_each_change(postgres):
+    check_that_a_watching_backlog_tells_of_each_change(postgres, "DATABASE_URL")
+
+
+def test_sigterm_lets_the_job_be_finished(postgres):
+    check_that_sigterm_lets_the_job_be_finished(postgres)
+
+
+def test_who_was_too_slow_finishes_nothing(url):
+    """Its lease has run out, and another has the job."""
+    slow = Queues("postgres", "jobs", DATABASE_URL=url, LEASE="3600")
+    slow.put(1, 4)
+    with slow.running("consumer") as first, psycopg.connect(url, autocommit=True) as connection:
+        slow.until(lambda: slow.backlog() == (0, 1, 0))
+        connection.execute("UPDATE jobs SET taken_until = now(), what = '60'")
+        with slow.running("consumer"):
+            slow.until(lambda: slow.backlog() == (0, 1, 0))
+            assert first.wait(30) == 0
+            assert slow.backlog() == (0, 1, 0)
