@@ -3,13 +3,12 @@
 import pytest
 
 from tests.kit.broker import database, needs_postgres, shared_server
-from tests.kit.promises import (
-    Queues,
-    check_that_a_watching_backlog_tells_of_each_change,
+from tests.kit.example import Example
+from tests.kit.whole_run import (
     check_that_bad_jobs_go_aside_and_late_ones_are_done,
     check_that_jobs_are_done_once_though_a_consumer_is_killed,
     check_that_sigterm_lets_the_job_be_finished,
-    queue_names,
+    check_that_the_watch_tells_of_each_change,
 )
 
 pytestmark = needs_postgres
@@ -30,32 +29,32 @@ def url(server_url):
 
 @pytest.fixture
 def postgres(url):
-    return Queues("postgres", *queue_names(2), DATABASE_URL=url, LEASE="5")
+    return Example("postgres", DATABASE_URL=url, LEASE="5")
 
 
 @pytest.fixture
-def put_late(url, postgres):
-    def put(seconds):
+def put_late(url):
+    def put(queue, seconds):
         insert = "INSERT INTO jobs (queue, what, due) VALUES (%s, '0', now() + %s * interval '1 s')"
         with psycopg.connect(url) as connection:
-            connection.execute(insert, [postgres.queues[0], seconds])
+            connection.execute(insert, [queue, seconds])
 
     return put
 
 
 def test_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path):
-    check_that_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path)
-    assert postgres.backlog() == (0, 0, 18)
+    queues = check_that_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path)
+    assert postgres.backlog(*queues) == (0, 0, 18)
 
 
 @pytest.mark.long
 def test_bad_jobs_go_aside_and_late_ones_are_done(postgres, put_late, tmp_path):
-    check_that_bad_jobs_go_aside_and_late_ones_are_done(postgres, tmp_path, put_late)
-    assert postgres.backlog() == (0, 0, 5)
+    queue = check_that_bad_jobs_go_aside_and_late_ones_are_done(postgres, tmp_path, put_late)
+    assert postgres.backlog(queue) == (0, 0, 5)
 
 
-def test_a_watching_backlog_tells_of_each_change(postgres):
-    check_that_a_watching_backlog_tells_of_each_change(postgres, "DATABASE_URL")
+def test_the_watch_tells_of_each_change(postgres):
+    check_that_the_watch_tells_of_each_change(postgres, "DATABASE_URL")
 
 
 def test_sigterm_lets_the_job_be_finished(postgres):
@@ -64,12 +63,12 @@ def test_sigterm_lets_the_job_be_finished(postgres):
 
 def test_who_was_too_slow_finishes_nothing(url):
     """Its lease has run out, and another has the job."""
-    slow = Queues("postgres", "jobs", DATABASE_URL=url, LEASE="3600")
+    slow = Example("postgres", DATABASE_URL=url, LEASE="3600")
     slow.put(1, 4)
-    with slow.running("consumer") as first, psycopg.connect(url, autocommit=True) as connection:
+    with slow.consumer() as first, psycopg.connect(url, autocommit=True) as connection:
         slow.until(lambda: slow.backlog() == (0, 1, 0))
         connection.execute("UPDATE jobs SET taken_until = now(), what = '60'")
-        with slow.running("consumer"):
+        with slow.consumer():
             slow.until(lambda: slow.backlog() == (0, 1, 0))
             assert first.wait(30) == 0
             assert slow.backlog() == (0, 1, 0)

@@ -3,13 +3,12 @@
 import pytest
 
 from tests.kit.broker import needs_rabbitmq, shared_server
-from tests.kit.promises import (
-    Queues,
-    check_that_a_watching_backlog_tells_of_each_change,
+from tests.kit.example import Example
+from tests.kit.whole_run import (
     check_that_bad_jobs_go_aside_and_late_ones_are_done,
     check_that_jobs_are_done_once_though_a_consumer_is_killed,
     check_that_sigterm_lets_the_job_be_finished,
-    queue_names,
+    check_that_the_watch_tells_of_each_change,
 )
 
 pytestmark = needs_rabbitmq
@@ -24,24 +23,24 @@ def url(tmp_path_factory):
 
 @pytest.fixture
 def rabbitmq(url):
-    return Queues("rabbitmq", *queue_names(2), AMQP_URL=url)
+    return Example("rabbitmq", AMQP_URL=url)
 
 
 @pytest.fixture
-def put_late(url, rabbitmq):
+def put_late(url):
     """Put a job into a queue whose messages RabbitMQ moves to the jobs when their time is over."""
 
-    def put(seconds):
+    def put(queue, seconds):
         with pika.BlockingConnection(pika.URLParameters(url)) as connection:
             arguments = {
                 "x-dead-letter-exchange": "",
-                "x-dead-letter-routing-key": rabbitmq.queues[0],
+                "x-dead-letter-routing-key": queue,
                 "x-message-ttl": seconds * 1000,
             }
             channel = connection.channel()
-            channel.queue_declare(f"{rabbitmq.queues[0]}.later", arguments=arguments)
+            channel.queue_declare(f"{queue}.later", arguments=arguments)
             late = pika.BasicProperties(message_id="late")
-            channel.basic_publish("", f"{rabbitmq.queues[0]}.later", b'{"what": "0"}', late)
+            channel.basic_publish("", f"{queue}.later", b'{"what": "0"}', late)
 
     return put
 
@@ -55,8 +54,8 @@ def test_bad_jobs_go_aside_and_late_ones_are_done(rabbitmq, put_late, tmp_path):
     check_that_bad_jobs_go_aside_and_late_ones_are_done(rabbitmq, tmp_path, put_late)
 
 
-def test_a_watching_backlog_tells_of_each_change(rabbitmq):
-    check_that_a_watching_backlog_tells_of_each_change(rabbitmq, "AMQP_URL")
+def test_the_watch_tells_of_each_change(rabbitmq):
+    check_that_the_watch_tells_of_each_change(rabbitmq, "AMQP_URL")
 
 
 def test_sigterm_lets_the_job_be_finished(rabbitmq):
