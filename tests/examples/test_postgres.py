@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.kit.broker import database, needs_postgres, shared_server
+from tests.kit.broker import needs_postgres
 from tests.kit.example import Example
 from tests.kit.whole_run import (
     check_that_bad_jobs_go_aside_and_late_ones_are_done,
@@ -15,35 +15,23 @@ pytestmark = needs_postgres
 psycopg = pytest.importorskip("psycopg", reason="psycopg is not installed")
 
 
-@pytest.fixture(scope="session")
-def server_url(tmp_path_factory):
-    with shared_server("postgres", tmp_path_factory.getbasetemp().parent) as url:
-        yield url
+@pytest.fixture
+def postgres(database_url):
+    return Example("postgres", DATABASE_URL=database_url, LEASE="5")
 
 
 @pytest.fixture
-def url(server_url):
-    with database(server_url) as url:
-        yield url
-
-
-@pytest.fixture
-def postgres(url):
-    return Example("postgres", DATABASE_URL=url, LEASE="5")
-
-
-@pytest.fixture
-def put_late(url):
+def put_late(database_url):
     def put(queue, seconds):
         insert = "INSERT INTO jobs (queue, what, due) VALUES (%s, '0', now() + %s * interval '1 s')"
-        with psycopg.connect(url) as connection:
+        with psycopg.connect(database_url) as connection:
             connection.execute(insert, [queue, seconds])
 
     return put
 
 
-def test_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path):
-    queues = check_that_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path)
+def test_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path, LATE):
+    queues = check_that_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path, LATE)
     assert postgres.backlog(*queues) == (0, 0, 18)
 
 
@@ -61,11 +49,11 @@ def test_sigterm_lets_the_job_be_finished(postgres):
     check_that_sigterm_lets_the_job_be_finished(postgres)
 
 
-def test_who_was_too_slow_finishes_nothing(url):
+def test_who_was_too_slow_finishes_nothing(database_url):
     """Its lease has run out, and another has the job."""
-    slow = Example("postgres", DATABASE_URL=url, LEASE="3600")
+    slow = Example("postgres", DATABASE_URL=database_url, LEASE="3600")
     slow.put(1, 4)
-    with slow.consumer() as first, psycopg.connect(url, autocommit=True) as connection:
+    with slow.consumer() as first, psycopg.connect(database_url, autocommit=True) as connection:
         slow.until(lambda: slow.backlog() == (0, 1, 0))
         connection.execute("UPDATE jobs SET taken_until = now(), what = '60'")
         with slow.consumer():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.kit.broker import needs_rabbitmq, shared_server
+from tests.kit.broker import needs_rabbitmq
 from tests.kit.example import Example
 from tests.kit.whole_run import (
     check_that_bad_jobs_go_aside_and_late_ones_are_done,
@@ -15,23 +15,17 @@ pytestmark = needs_rabbitmq
 pika = pytest.importorskip("pika", reason="pika is not installed")
 
 
-@pytest.fixture(scope="session")
-def url(tmp_path_factory):
-    with shared_server("rabbitmq", tmp_path_factory.getbasetemp().parent) as url:
-        yield url
+@pytest.fixture
+def rabbitmq(amqp_url):
+    return Example("rabbitmq", AMQP_URL=amqp_url)
 
 
 @pytest.fixture
-def rabbitmq(url):
-    return Example("rabbitmq", AMQP_URL=url)
-
-
-@pytest.fixture
-def put_late(url):
+def put_late(amqp_url):
     """Put a job into a queue whose messages RabbitMQ moves to the jobs when their time is over."""
 
     def put(queue, seconds):
-        with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+        with pika.BlockingConnection(pika.URLParameters(amqp_url)) as connection:
             arguments = {
                 "x-dead-letter-exchange": "",
                 "x-dead-letter-routing-key": queue,
@@ -45,8 +39,8 @@ def put_late(url):
     return put
 
 
-def test_jobs_are_done_once_though_a_consumer_is_killed(rabbitmq, tmp_path):
-    check_that_jobs_are_done_once_though_a_consumer_is_killed(rabbitmq, tmp_path)
+def test_jobs_are_done_once_though_a_consumer_is_killed(rabbitmq, tmp_path, AT_ONCE):
+    check_that_jobs_are_done_once_though_a_consumer_is_killed(rabbitmq, tmp_path, AT_ONCE)
 
 
 @pytest.mark.long

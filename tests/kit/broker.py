@@ -20,16 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from pathlib import Path
 
 import pytest
 
 from tests.kit.environment import BARE, HERE
 from tests.kit.example import which
-
-with contextlib.suppress(ImportError):
-    import psycopg
 
 START_TIMEOUT = 120.0  # seconds that a server may take until it listens
 STOP_TIMEOUT = 20.0  # seconds that it may take to end
@@ -219,16 +215,6 @@ def keep(kind, folder):
         complete.rename(url)
         fcntl.flock(use, fcntl.LOCK_EX)
         url.unlink()  # who comes now waits for the lock, and starts the next one
-
-
-@contextlib.contextmanager
-def database(server_url):
-    """Yield the URL of a new database on this PostgreSQL."""
-    name = f"tests_{uuid.uuid4().hex}"
-    with psycopg.connect(f"{server_url}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-        yield f"{server_url}/{name}"
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 if __name__ == "__main__":
