@@ -5,6 +5,7 @@ import pytest
 from tests.kit.broker import needs_postgres
 from tests.kit.example import Example
 from tests.kit.whole_run import (
+    LATE,
     check_that_bad_jobs_go_aside_and_late_ones_are_done,
     check_that_jobs_are_done_once_though_a_consumer_is_killed,
     check_that_sigterm_lets_the_job_be_finished,
@@ -30,7 +31,7 @@ def put_late(database_url):
     return put
 
 
-def test_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path, LATE):
+def test_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path):
     queues = check_that_jobs_are_done_once_though_a_consumer_is_killed(postgres, tmp_path, LATE)
     assert postgres.backlog(*queues) == (0, 0, 18)
 

@@ -5,6 +5,7 @@ import pytest
 from tests.kit.broker import needs_rabbitmq
 from tests.kit.example import Example
 from tests.kit.whole_run import (
+    AT_ONCE,
     check_that_bad_jobs_go_aside_and_late_ones_are_done,
     check_that_jobs_are_done_once_though_a_consumer_is_killed,
     check_that_sigterm_lets_the_job_be_finished,
@@ -39,7 +40,7 @@ def put_late(amqp_url):
     return put
 
 
-def test_jobs_are_done_once_though_a_consumer_is_killed(rabbitmq, tmp_path, AT_ONCE):
+def test_jobs_are_done_once_though_a_consumer_is_killed(rabbitmq, tmp_path):
     check_that_jobs_are_done_once_though_a_consumer_is_killed(rabbitmq, tmp_path, AT_ONCE)
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ import pytest
 from tests.kit.environment import BARE, HERE
 from tests.kit.example import which
 
-START_TIMEOUT = 120.0  # seconds that a server may take until it listens
+START_TIMEOUT = 120.0  # seconds that a server may take until it is ready
 STOP_TIMEOUT = 20.0  # seconds that it may take to end
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # the one on the path changes its user
 
@@ -62,7 +63,7 @@ def postgres_server():
         for setting in settings:
             server += ["-c", setting]
         # SIGQUIT is PostgreSQL's immediate shutdown: it waits for no connection.
-        with _running(server, folder, {}, port, signal.SIGQUIT, user):
+        with _running(server, folder, {}, partial(_accepts, programs, port), signal.SIGQUIT, user):
             yield f"postgresql://postgres@127.0.0.1:{port}"
 
 
@@ -94,8 +95,8 @@ def rabbitmq_server():
         }
         epmd = [which("epmd"), "-port", str(mapper), "-address", "127.0.0.1"]
         with (
-            _running(epmd, folder, {}, mapper, signal.SIGKILL),
-            _running([RABBITMQ], folder, variables, port, signal.SIGTERM),
+            _running(epmd, folder, {}, partial(_listens, mapper), signal.SIGKILL),
+            _running([RABBITMQ], folder, variables, partial(_listens, port), signal.SIGTERM),
         ):
             yield f"amqp://127.0.0.1:{port}"
 
@@ -122,8 +123,8 @@ def _port():
 
 
 @contextlib.contextmanager
-def _running(command, folder, variables, port, stop_signal, user=None):
-    """Run a server until it listens, and end all that it started."""
+def _running(command, folder, variables, ready, stop_signal, user=None):
+    """Run a server, wait until it is ready, and end all that it has started."""
     log = folder / f"{Path(command[0]).name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -138,7 +139,7 @@ def _running(command, folder, variables, port, stop_signal, user=None):
         )
     try:
         deadline = time.monotonic() + START_TIMEOUT
-        while not _listens(port):
+        while not ready():
             said = log.read_text(errors="replace")[-2000:]
             assert process.poll() is None, f"{log.name}: {said}"
             assert time.monotonic() < deadline, f"{log.name}: not in {START_TIMEOUT} s: {said}"
@@ -151,6 +152,12 @@ def _running(command, folder, variables, port, stop_signal, user=None):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _accepts(programs, port):
+    """Whether PostgreSQL lets clients in: it listens before it does."""
+    ask = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+    return subprocess.run(ask, check=False).returncode == 0
 
 
 def _listens(port):
