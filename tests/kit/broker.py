@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -96,7 +97,7 @@ def rabbitmq_server():
         epmd = [which("epmd"), "-port", str(mapper), "-address", "127.0.0.1"]
         with (
             _running(epmd, folder, {}, partial(_listens, mapper), signal.SIGKILL),
-            _running([RABBITMQ], folder, variables, partial(_listens, port), signal.SIGTERM),
+            _running([RABBITMQ], folder, variables, partial(_is_up, folder), signal.SIGTERM),
         ):
             yield f"amqp://127.0.0.1:{port}"
 
@@ -158,6 +159,12 @@ def _accepts(programs, port):
     """Whether PostgreSQL lets clients in: it listens before it does."""
     ask = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
     return subprocess.run(ask, check=False).returncode == 0
+
+
+def _is_up(folder):
+    """Whether RabbitMQ serves clients: it listens before it does."""
+    said = (folder / "rabbitmq-server.log").read_text(errors="replace")
+    return re.search("Starting broker.* completed", said)
 
 
 def _listens(port):
