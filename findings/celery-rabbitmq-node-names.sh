@@ -15,18 +15,28 @@ set -euo pipefail
 
 folder=$(mktemp -d)
 running=()
-trap '{ kill -9 "${running[@]}"; wait; } 2>/dev/null; rm -rf "$folder"' EXIT
+port_mapper=
+stop() { # the port mapper last: RabbitMQ would start another
+    { kill -9 "${running[@]}"; wait "${running[@]}"; kill -9 $port_mapper; wait; } 2>/dev/null || true
+    rm -rf "$folder"
+}
+trap stop EXIT
 { python3 -m venv "$folder/venv" && "$folder/venv/bin/pip" install -qq --no-compile celery==5.7.0; } || exit 2
 
 # A RabbitMQ of our own, and Erlang's port mapper, which it would leave behind.
 server=/usr/lib/rabbitmq/bin/rabbitmq-server
 [ -x "$server" ] || { echo "Debian's package rabbitmq-server is not installed"; exit 2; }
-read -r port between_nodes mapper < <(python3 -c '
+ports=$(python3 -c '
 import socket
 held = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
 print(*(each.getsockname()[1] for each in held))')
+read -r port between_nodes mapper <<<"$ports"
 export ERL_EPMD_ADDRESS=127.0.0.1 ERL_EPMD_PORT=$mapper
-epmd & running+=($!)
+epmd & port_mapper=$!
+until epmd -names >/dev/null 2>&1; do
+    kill -0 "$port_mapper" || exit 2
+    sleep 0.1
+done
 HOME=$folder RABBITMQ_CONF_ENV_FILE=$folder/none RABBITMQ_CONFIG_FILE=$folder/none \
     RABBITMQ_DIST_PORT=$between_nodes RABBITMQ_ENABLED_PLUGINS_FILE=$folder/none \
     RABBITMQ_LOG_BASE=$folder RABBITMQ_MNESIA_BASE=$folder RABBITMQ_NODENAME=f$port@localhost \
@@ -34,7 +44,7 @@ HOME=$folder RABBITMQ_CONF_ENV_FILE=$folder/none RABBITMQ_CONFIG_FILE=$folder/no
     RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}' \
     RUNNING_UNDER_SYSTEMD=true "$server" >"$folder/server.log" 2>&1 & running+=($!)
 for _ in $(seq 600); do
-    grep -q 'Starting broker.*completed' "$folder/server.log" && break
+    grep -qs 'Starting broker.*completed' "$folder/server.log" && break
     sleep 0.1
 done
 export AMQP_URL=amqp://127.0.0.1:$port
@@ -46,7 +56,7 @@ worker() { # LOG [OPTION...]: start a worker, and wait until it is ready or has 
     pid=$!
     running+=("$pid")
     for _ in $(seq 400); do
-        grep -q ' ready\.$' "$log" && { echo ready; return; }
+        grep -qs ' ready\.$' "$log" && { echo ready; return; }
         if ! kill -0 "$pid" 2>/dev/null; then
             grep -o -m 1 RESOURCE_LOCKED "$log" || echo "ended: $(tail -n 1 "$log")"
             return
