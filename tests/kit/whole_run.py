@@ -58,10 +58,11 @@ def way_to(url):
         end.close()
 
 
-def check_that_jobs_are_done_once_though_a_consumer_is_killed(example, folder, most, **variables):
+def check_that_jobs_are_done_once_though_a_consumer_is_killed(example, folder, most, *, ends=True):
     """Eighteen jobs of two queues on three workers; the third queue of the server isn't touched.
 
-    `most` reservations: one for each worker, one more in the place of the consumer that is killed,
+    `ends` says whether the consumer ends by itself when nothing waits. There are `most`
+    reservations: one for each worker, one more in the place of the consumer that is killed,
     and one more for its job where that comes back only when all others are done.
     """
     high, low, other = queue_names(3)
@@ -69,7 +70,9 @@ def check_that_jobs_are_done_once_though_a_consumer_is_killed(example, folder, m
     example.put(9, queue=low)
     example.put(2, queue=other)
     assert example.backlog(high, low, "nobody-has-made-it")[0] == 18
-    with example.command(folder, *ONCE, "--settle", "3", queues=(high, low), **variables) as run:
+    variables = {} if ends else {"NULL_EMPTY": f"examples/{example.name}/backlog {high} {low}"}
+    options = (*ONCE, "--settle", "3")
+    with example.command(folder, *options, queues=(high, low), **variables) as run:
         run.until(lambda: len(run.consumers()) == 3 and example.backlog(high, low)[0] <= 15)
         run.kill_consumer()
         assert run.status() == 0
@@ -82,7 +85,7 @@ def check_that_jobs_are_done_once_though_a_consumer_is_killed(example, folder, m
     return high, low
 
 
-def check_that_bad_jobs_go_aside_and_late_ones_are_done(example, folder, put_late, **variables):
+def check_that_bad_jobs_go_aside_and_late_ones_are_done(example, folder, put_late):
     """A job that fails, a job that kills its worker, and a job that is due in 15 seconds.
 
     `--settle` has its default: the run goes on for that long after the last job that is seen.
@@ -92,7 +95,7 @@ def check_that_bad_jobs_go_aside_and_late_ones_are_done(example, folder, put_lat
     example.put(1, "kill", queue=queue)
     example.put(2, queue=queue)
     put_late(queue, 15)
-    with example.command(folder, *ONCE, queues=(queue,), **variables) as run:
+    with example.command(folder, *ONCE, queues=(queue,)) as run:
         assert run.status() == 0
         assert example.processes() == []
         assert reservations(run) <= 8, run.said()
