@@ -123,6 +123,7 @@ class Process(NamedTuple):
     pending: bool = False  # the stop signal was sent, and waits until it isn't blocked any more
     reads: str = ""  # the pipe that is its standard input
     writes: frozenset[str] = frozenset()  # the pipes that it could write to
+    has_terminal: bool = False  # one of its own, so that it gets SIGHUP when that is closed
 
     @property
     def identity(self) -> Identity:
@@ -161,7 +162,7 @@ class History(NamedTuple):
     """What has been done until now, and what we know from earlier looks."""
 
     asked: Mapping[Identity, Asked] = {}
-    before: Mapping[Identity, Attitude] = {}  # at the first look: many change it when asked
+    before: Mapping[Identity, Process] = {}  # at the first look: many change when they are asked
     without_writer: Mapping[Identity, float] = {}  # since when nobody writes to its pipe any more
 
     def is_deaf(self, process: Process) -> bool:
@@ -169,11 +170,13 @@ class History(NamedTuple):
         asked = self.asked.get(process.identity)
         if asked:
             return asked.attitude is Attitude.IGNORES
-        before = self.before.get(process.identity, process.attitude)
-        return before is process.attitude is Attitude.IGNORES
+        before = self.before.get(process.identity, process)
+        return before.attitude is process.attitude is Attitude.IGNORES
 
     def counts_as_asked(self, process: Process) -> bool:
-        """Whether somebody above it that we have asked may have told it."""
+        """Whether somebody above it that we have asked may have told it, or the kernel has."""
+        if self.before.get(process.identity, process).has_terminal and not process.has_terminal:
+            return True
         return any(
             process.identity in asked.under for asked in self.asked.values() if asked.may_have_told
         )
@@ -250,7 +253,7 @@ def learn(
 
     The status is as in subprocess: negative for a signal.
     """
-    before = history.before or {each.identity: each.attitude for each in table.values()}
+    before = history.before or {each.identity: each for each in table.values()}
     asked = {
         identity: each._replace(
             attitude=_attitude_by_now(identity, each, table, ended, number, now)
@@ -369,6 +372,7 @@ def _read_process(pid: int, parent: int, stop: int) -> Process | None:
         attitude=attitude,
         pending=has("ShdPnd"),
         reads=standard_input if standard_input.startswith("pipe:") else "",
+        has_terminal=fields[3] == str(pid) and fields[4] != "0",
     )
 
 

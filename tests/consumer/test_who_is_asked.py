@@ -196,6 +196,14 @@ def test_who_reads_a_pipe_is_asked_once_nobody_writes_to_it_any_more():
     assert tee.look(PIPE_WAIT / 2 + 0.01) == [3]
 
 
+def test_one_that_has_lost_its_terminal_was_told_by_the_kernel():
+    scene = Scene(one(1), one(2, 1, has_terminal=True), one(3, 2))  # unbuffer
+    assert scene.look() == [1]
+    lost = {2: {"has_terminal": False}}
+    assert scene.look(ended={1: -TERM}, orphans=[2], then=lost) == []
+    assert scene.look(15, then=lost) == [2]
+
+
 def test_a_process_id_that_is_used_again_is_another_process():
     scene = Scene(one(2), command=None)
     assert scene.look() == [2]

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from aiohttp import web
 
@@ -17,7 +18,7 @@ from tests.kit.autoscaler import statuses
 from tests.kit.environment import BARE, HERE, ON_VAST, run
 from tests.kit.http import server
 from tests.kit.waiting import eventually
-from tests.kit.worker import create, drained, driver, fresh, killed, release, until
+from tests.kit.worker import create, drained, driver, fresh, killed, lease, release, until
 
 pytestmark = pytest.mark.anyio
 
@@ -99,6 +100,28 @@ async def test_it_is_started_again_when_it_ends(vast, tmp_path):
     await create(vast, worker)
     await until(worker, command.is_running)
     assert f"null_consumer.py ended with status -{signal.SIGKILL}; " in worker.log.read_text()
+    assert (await drained(worker))[0] == 0
+    assert not command.is_running()
+
+
+async def test_what_it_and_its_guard_had_started_is_ended_when_both_are_killed(vast, tmp_path):
+    command = Command(tmp_path, "trap '' TERM; (setsid sleep 70 &);")
+    environment = {"NULL_CONSUMER": command.line, "NULL_GRACE": "2"}
+    worker = await fresh(vast, environment)
+    session_id = await create(vast, worker, lifetime=2)
+    await until(worker, command.is_running)
+    (first,) = command.runs()
+    family = psutil.Process(child_of(worker)).children(recursive=True)
+    (guard,) = psutil.Process(child_of(worker)).children()
+    for pid in (guard.pid, child_of(worker)):
+        os.kill(pid, signal.SIGKILL)
+    while len(command.runs()) == 1:
+        assert (await lease(worker))["session_id"] == session_id  # kept meanwhile
+        await asyncio.sleep(0.1)
+    assert command.runs()[0] == first
+    left = [each for each in family if each.is_running() and each.status() != "zombie"]
+    assert not left
+    assert "null_consumer.py has left behind, and that is ended: " in worker.log.read_text()
     assert (await drained(worker))[0] == 0
     assert not command.is_running()
 
