@@ -80,6 +80,7 @@ class Wrapper(NamedTuple):
     files: dict[str, str] = {}
     consumers: int = 1  # that it runs at once
     note: str = ""
+    varies: bool = False  # it isn't the same each time
 
     @property
     def name(self) -> str:
@@ -127,7 +128,7 @@ WRAPPERS = (
     Wrapper("su root -c ./consumer", ("su",)),
     Wrapper("tini ./consumer", ("tini",)),
     Wrapper("dumb-init ./consumer", ("dumb-init",)),
-    Wrapper("dumb-init sh -c 'true && ./consumer'", ("dumb-init",)),
+    Wrapper("dumb-init sh -c 'true && ./consumer'", ("dumb-init",), varies=True),
     Wrapper("chpst -u root ./consumer", ("chpst",)),
     Wrapper("xvfb-run -a ./consumer", ("xvfb-run", "xauth")),
     Wrapper("script -qec ./consumer /dev/null", ("script",)),
@@ -140,10 +141,11 @@ WRAPPERS = (
     Wrapper("yarn start", ("yarn",), {"package.json": PACKAGE}),
     Wrapper("concurrently ./consumer", ("concurrently",)),
     Wrapper("nodemon --exec ./consumer", ("nodemon",)),
-    Wrapper("pm2-runtime ./consumer --interpreter none", ("pm2-runtime",)),
+    Wrapper("pm2-runtime ./consumer --interpreter none", ("pm2-runtime",), varies=True),
     Wrapper(
         "pm2-runtime ./consumer --interpreter none --kill-timeout 40000",
         ("pm2-runtime",),
+        varies=True,
     ),
     Wrapper("honcho start", ("honcho",), PROCFILE),
     Wrapper("foreman start", ("foreman",), PROCFILE),
