@@ -656,11 +656,22 @@ class Program(NamedTuple):
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
             self._execute()
         except BaseException as error:  # noqa: BLE001  whatever it is, it is told
-            code = getattr(error, "errno", None) or 0
-            text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            os.write(problems, f"{code} {text}: {self.command[0]!r}".encode(errors="replace"))
+            os.write(problems, self._problem(error).encode(errors="replace"))
         finally:
             os._exit(127)
+
+    def _problem(self, error: BaseException) -> str:
+        """What an OSError says, its number first; 0 for anything else."""
+        if not isinstance(error, OSError):
+            return f"0 {type(error).__name__}: {error}"
+        about = self.command[0]
+        if self.folder is not None and error.filename == self.folder:
+            about = self.folder
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            about = "the working folder, which was deleted"
+        return f"{error.errno or 0} {error.strerror}: {about}"
 
     def _execute(self) -> None:
         environment = dict(self.environment)
