@@ -994,7 +994,8 @@ class Sigterm:
     def give_back(self) -> None:
         if self._taken:
             self._taken = False
-            signal.signal(signal.SIGTERM, self._before)
+            # None: what was there was no handler of Python's.
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def _come(self, *_: object) -> None:
         self.has_come = True
@@ -1201,14 +1202,20 @@ class ConsumerProcess:
         pause = PAUSE
         starts: list[float] = []
         while not self._ending.is_set():
-            starts.append(time.monotonic())
+            started_at = time.monotonic()
+            starts.append(started_at)
             status, why = self._run_once()
-            self._end_what_is_left()
+            try:
+                self._end_what_is_left()
+            except OSError as error:
+                self._worker.tell(f"what null_consumer.py has left behind isn't known: {error}")
             if self._ending.is_set():
                 return
             now = time.monotonic()
-            if now - starts[-1] > WELL_AFTER:
+            if now - started_at > WELL_AFTER:
                 pause = PAUSE
+            if status is None:  # for want of open files or of memory: that passes
+                starts.clear()
             if status == 2 or (len(starts) >= QUICK_ENDS and now - starts[-QUICK_ENDS] < 60):
                 self._worker.report_broken(f"null_consumer.py can't be run here: it {why}")
                 return
@@ -1221,12 +1228,13 @@ class ConsumerProcess:
         import subprocess  # here: it costs a megabyte
 
         self._last_line = ""
-        last_words, theirs = os.pipe()
-        errors = os.dup(2)
-        options = {"--worker-pipe": self._pipe, "--errors": errors}
-        options["--open-files"] = self._worker.open_files
-        arguments = [str(part) for option in options.items() for part in option]
+        last_words = theirs = errors = -1
         try:
+            last_words, theirs = os.pipe()
+            errors = os.dup(2)
+            options = {"--worker-pipe": self._pipe, "--errors": errors}
+            options["--open-files"] = self._worker.open_files
+            arguments = [str(part) for option in options.items() for part in option]
             self._process = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__), *arguments, "--", *self._command],
                 stdin=subprocess.DEVNULL,
@@ -1236,7 +1244,7 @@ class ConsumerProcess:
                 start_new_session=True,  # a signal to our process group is for us alone
             )
         except OSError as error:
-            os.close(last_words)
+            close_all([last_words])
             return None, f"can't be started: {error}"
         finally:
             close_all([theirs, errors])

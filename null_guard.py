@@ -518,8 +518,8 @@ class Family:
     def _reap_one(self, pid: int) -> bool:
         try:
             ended, status = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:
-            return True
+        except ChildProcessError:  # somebody else has taken it
+            return False
         if ended == 0:
             return False
         self._ended[pid] = os.waitstatus_to_exitcode(status)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 from aiohttp import web
 
 import null_worker
+from tests.consumer.wrappers import words_of, write_consumer
 from tests.kit.alone import worker_alone
 from tests.kit.autoscaler import statuses
 from tests.kit.environment import BARE, HERE, ON_VAST, run
@@ -78,6 +80,22 @@ async def test_a_drain_ends_the_command_and_only_then_the_session(vast, tmp_path
         status, seconds = await drained(worker)
     assert (status, worked_on, statuses(vast)) == (0, [False], ["Success"])
     assert seconds < longest and "not done" not in worker.log.read_text()
+
+
+async def test_on_a_drain_who_may_have_been_told_is_asked_after_two_seconds(tmp_path):
+    write_consumer(tmp_path, 0.5, None)
+    seconds = []
+    line = "trap 'exit 0' TERM; ./consumer & wait"  # it catches the signal, and tells nobody
+    async with worker_alone(tmp_path, NULL_CONSUMER=line) as worker:
+        await eventually(worker.reserve)
+        await eventually(lambda: words_of(tmp_path))
+        asked_at = time.monotonic()
+        told = asyncio.create_task(eventually(lambda: "told" in str(words_of(tmp_path))))
+        told.add_done_callback(lambda _: seconds.append(time.monotonic() - asked_at))
+        # At its end the worker is drained.
+    await told
+    assert 1.5 < seconds[0] < 4
+    assert words_of(tmp_path)[-1][0] == "done"
 
 
 async def test_it_ends_when_the_worker_is_killed(vast, tmp_path):
