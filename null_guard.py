@@ -282,8 +282,10 @@ def _attitude_by_now(
     if process and process.identity == identity:
         if now < asked.at + TAKE_WAIT:
             return asked.attitude
+        if process.pending:  # else it is one that the machine hasn't let run yet
+            return Attitude.IGNORES if process.attitude is Attitude.BLOCKS else asked.attitude
         # sigtimedwait() shows as neither blocked nor caught: who lives on has taken the signal.
-        return Attitude.IGNORES if process.pending else Attitude.CATCHES
+        return Attitude.CATCHES
     if asked.attitude is Attitude.ENDS and ended.get(pid, -number) != -number:
         return Attitude.CATCHES
     return asked.attitude
@@ -355,10 +357,10 @@ def _read_process(pid: int, parent: int, stop: int) -> Process | None:
     attitude = Attitude.ENDS
     if has("SigIgn"):
         attitude = Attitude.IGNORES
+    elif has("SigBlk"):  # by its first thread
+        attitude = Attitude.BLOCKS
     elif has("SigCgt"):
         attitude = Attitude.CATCHES
-    elif has("SigBlk"):
-        attitude = Attitude.BLOCKS
     elif status.get("NSpid", "").split()[1:][-1:] == ["1"]:
         attitude = Attitude.IGNORES  # the first process of a container: no default ends it
     standard_input = ""
@@ -390,7 +392,7 @@ def _pipes_written_by(pid: int) -> frozenset[str]:
 
 def send(process: Process, number: signal.Signals) -> None:
     """Signal a process, and never another one that has its id by now."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with contextlib.suppress(OSError):  # it has ended, or it isn't ours to signal
         try:
             handle = os.pidfd_open(process.pid)
         except (AttributeError, OSError) as error:  # an old build of Python, or an old kernel

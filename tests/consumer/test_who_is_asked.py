@@ -151,6 +151,16 @@ def test_the_children_of_one_that_blocks_it_are_asked_in_its_place():
     assert scene.look(30, pending=[1]) == []
 
 
+def test_the_children_of_one_that_is_slow_to_take_it_are_not_asked():
+    scene = Scene(one(1, attitude=CATCHES), one(2, 1))  # Celery, on a machine that is too full
+    assert scene.look() == [1]
+    assert scene.look(5, pending=[1]) == scene.look(15, pending=[1]) == []
+    slow_to_end = Scene(one(1), one(2, 1))
+    assert slow_to_end.look() == [1]
+    assert slow_to_end.look(5, pending=[1]) == []
+    assert slow_to_end.look(ended={1: -TERM}, orphans=[2]) == [2]
+
+
 def test_one_that_blocks_it_and_takes_it_has_perhaps_told_others():
     scene = Scene(one(1, attitude=BLOCKS), one(2, 1))  # signalfd
     assert scene.look() == [1]
