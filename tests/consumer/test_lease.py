@@ -42,12 +42,15 @@ async def test_a_pool_whose_job_raises_is_ended_and_the_reservation_with_it(vast
     body = """
 import multiprocessing
 def job(number):
-    raise ValueError(number)
+    if number:
+        raise ValueError(number)
+    time.sleep(600)
 for lease in reservations():
     try:
         with lease:
             with multiprocessing.get_context("fork").Pool(2) as pool:
-                pool.map(job, [1, 2])
+                for _ in pool.imap_unordered(job, [0, 1]):
+                    pass
     except ValueError:
         print("raised")
         break
@@ -123,7 +126,8 @@ print("done")
 async def test_a_lease_whose_time_is_over_by_the_clock_is_false(vast, worker, tmp_path):
     # A job that holds Python's lock: nobody could renew, or hear of the end.
     body = """
-import ctypes
+import ctypes, sys
+sys.setswitchinterval(60)
 for lease in reservations():
     with lease:
         print("taken")
