@@ -224,6 +224,7 @@ def test_what_is_left_of_the_environment(monkeypatch, prefix, env, expected):
     [
         ({"NULL_CONSUMER": " "}, "NULL_CONSUMER is ' ', should be a shell line"),
         ({"NULL_CONSUMER": "x", "NULL_GRACE": "soon"}, "NULL_GRACE is 'soon', should be a number"),
+        ({"NULL_CONSUMER": "x", "NULL_STOP_SIGNAL": "9"}, "NULL_STOP_SIGNAL is '9', should be one"),
         ({"NULL_CONSUMER": "x", "NULL_RESIDENT": "2"}, "NULL_RESIDENT is '2', should be true"),
     ],
 )
