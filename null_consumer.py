@@ -17,31 +17,67 @@ A consumer in Python that keeps its model loaded takes the reservations itself (
             while lease and (job := pull()):
                 work(job)
 
-The command needs Linux, and nothing but the standard library. It is one thread that waits for
-everything at once, see turn(); for each run of COMMAND it forks a guard process, see guard().
+The command needs Linux, null_guard.py beside itself, and nothing but the standard library. It is
+one thread that waits for everything at once, see turn(); for each run of COMMAND it forks a guard
+process, see null_guard.py. Old Pythons can read this file, and then get a line and no traceback.
 """
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  for them alone
+    found = f"{sys.version_info[0]}.{sys.version_info[1]}, {sys.executable}"
+    sys.stderr.write(f"null_consumer: needs Python 3.10 or newer, and this is {found}\n")
+    sys.exit(2)
+
+import os
+
+if __name__ == "__main__":
+    # A queue.py beside this file, say, must not be taken for the standard library's.
+    here = [os.path.dirname(path(__file__)) for path in (os.path.abspath, os.path.realpath)]
+    sys.path[:] = [each for each in sys.path if os.path.abspath(each) not in here] + here
 
 import argparse
 import contextlib
-import ctypes
 import enum
 import errno
-import gc
 import json
 import math
-import os
 import re
 import select
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import quote
+
+try:
+    from null_guard import (
+        GUARD_NAME,
+        KILL_WAIT,
+        STOP_SIGNALS,
+        Family,
+        Order,
+        Part,
+        Place,
+        Program,
+        Run,
+        become_subreaper,
+        children_of,
+        close_all,
+        command_of,
+        environment_of_command,
+        read_all,
+        read_family,
+        turn,
+    )
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write(f"null_consumer: needs null_guard.py beside itself: {error}\n")
+    sys.exit(2)
 
 RENEW_EVERY = 1.0  # seconds: COMMAND is to be asked within 2 s of its reservation's end
 ANSWER_WAIT = 5.0  # seconds for the control server to answer
@@ -51,10 +87,10 @@ RETRY_EVERY = 1.0  # seconds between two tries to reach a worker that isn't ther
 LOCK_EVERY = 0.2  # seconds between two tries to take over from a predecessor
 SIGNAL_ECHO = 1.0  # seconds in which the same signal may come twice and counts once
 GLANCE = 0.2  # seconds between two looks at what can't wake a thread
-LOOK_EVERY = 0.1  # seconds between two looks at the processes that are to end
-KILL_WAIT = 10.0  # seconds after which a process that survives SIGKILL is given up
 EMPTY_EVERY = 5.0  # seconds between two looks at the jobs that wait
 EMPTY_WAIT = 20.0  # seconds for --empty's COMMAND
+GOES_ON_AFTER = 60.0  # seconds after which a COMMAND that was asked and hasn't ended is told
+GOES_ON_EVERY = 600.0  # seconds until it is told again
 RERUN_EVERY = 1.0  # seconds from one start of COMMAND to the next under the same lease
 IDLE_RUNS = 3  # in a row, after which as many jobs wait as before: a failure
 LONGEST_PAUSE = 60.0  # seconds after a failure
@@ -63,9 +99,7 @@ LONG_RUN = 60.0  # seconds after which a resident COMMAND that ends was well bef
 HEARTBEAT_EVERY = 5.0  # seconds
 HANGING = 75  # exit status of a process whose job hangs: EX_TEMPFAIL, "try again"
 LONGEST_ANSWER = 1 << 16  # bytes
-MOST_NAMED = 10  # processes in a line
 LONGEST_LINE = 4096  # bytes: a pipe takes so many at once or none of them (PIPE_BUF)
-PR_SET_CHILD_SUBREAPER = 36  # from <sys/prctl.h>
 ENDING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 TRUE = ("y", "yes", "t", "true", "on", "1")  # as in null_worker.py
 FALSE = ("n", "no", "f", "false", "off", "0")
@@ -82,10 +116,11 @@ class Settings(NamedTuple):
     """What variables and flags decide, checked."""
 
     control_port: int = 18999
-    grace: float = 30.0  # seconds from SIGTERM to SIGKILL
+    grace: float = 30.0  # seconds from the stop signal to SIGKILL
     empty: str | None = None  # a shell line that prints how many jobs wait
     resident: bool = False
     broken_after: float = 600.0  # seconds; 0: never
+    stop_signal: signal.Signals = signal.SIGTERM  # asks COMMAND to end
 
     @classmethod
     def from_environment(
@@ -104,6 +139,7 @@ class Settings(NamedTuple):
         grace = _seconds(*text("NULL_GRACE", "30"))
         resident = _boolean(*text("NULL_RESIDENT", "false"))
         broken_after = _seconds(*text("NULL_BROKEN_AFTER", "600"))
+        stop_signal = _stop_signal(*text("NULL_STOP_SIGNAL", "TERM"))
         name, empty = text("NULL_EMPTY", "")
         if empty and resident:
             raise SettingsError(f"{name} is {empty!r}, should not be set for a resident COMMAND")
@@ -113,6 +149,7 @@ class Settings(NamedTuple):
             empty=empty or None,
             resident=resident,
             broken_after=broken_after,
+            stop_signal=stop_signal,
         )
 
 
@@ -126,6 +163,14 @@ def _seconds(name: str, text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,9})?", text):
         raise SettingsError(f"{name} is {text!r}, should be a number of seconds, 0 or more")
     return float(text)
+
+
+def _stop_signal(name: str, text: str) -> signal.Signals:
+    for number in STOP_SIGNALS:
+        if text.upper() in (number.name, number.name[3:]):
+            return number
+    names = [number.name[3:] for number in STOP_SIGNALS]
+    raise SettingsError(f"{name} is {text!r}, should be one of {', '.join(names)}")
 
 
 def _boolean(name: str, text: str) -> bool:
@@ -167,58 +212,6 @@ def _write_at_once(descriptor: int, line: bytes) -> None:
     poll.register(descriptor, select.POLLOUT)
     if poll.poll(0):
         os.write(descriptor, line)
-
-
-# Waiting for everything at once
-
-
-class Part(Protocol):
-    """Something that goes on beside others, in steps that never wait."""
-
-    @property
-    def due(self) -> float:
-        """When it has something to do of its own accord (time.monotonic())."""
-
-    def descriptors(self) -> Mapping[int, int]:
-        """What it waits for: file descriptors, and select.POLLIN or POLLOUT for each."""
-
-    def step(self) -> None:
-        """Do whatever can be done by now."""
-
-
-def turn(parts: Sequence[Part], until: float = math.inf) -> None:
-    """Wait until there is something to do for one of them, at most until then; let all do it."""
-    poll = select.poll()
-    for part in parts:
-        until = min(until, part.due)
-        for descriptor, events in part.descriptors().items():
-            poll.register(descriptor, events)
-    if until == math.inf:
-        poll.poll()
-    else:
-        poll.poll(max(0, math.ceil((until - time.monotonic()) * 1000)))
-    for part in parts:
-        part.step()
-
-
-def read_all(descriptor: int) -> bytes | None:
-    """What can be read by now of one that doesn't block; None at its end.
-
-    An end that comes right after some bytes is for the next call: these come first.
-    """
-    received = b""
-    with contextlib.suppress(BlockingIOError):
-        while some := os.read(descriptor, LONGEST_ANSWER):
-            received += some
-        return received or None
-    return received
-
-
-def close_all(descriptors: Collection[int]) -> None:
-    """Those of them that were opened: -1 is none."""
-    for descriptor in descriptors:
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 # The control server
@@ -269,7 +262,10 @@ class Exchange:
     def _go_on(self, connection: socket.socket) -> None:
         while self._unsent:
             self._unsent = self._unsent[connection.send(self._unsent) :]
-        while received := connection.recv(LONGEST_ANSWER):
+        while True:
+            received = connection.recv(LONGEST_ANSWER)
+            if not received:
+                break
             self._received += received
             if len(self._received) > LONGEST_ANSWER:
                 raise ValueError(f"an answer of over {LONGEST_ANSWER} bytes")
@@ -302,402 +298,6 @@ def target_for(path: str, session_id: str | None) -> str:
     return f"{path}?session_id={quote(session_id, safe='')}"
 
 
-# The guard: what a run of COMMAND is
-
-
-class Order(enum.IntEnum):
-    """What a guard is told to do with COMMAND. A later order only ever replaces a weaker one."""
-
-    NONE = 0
-    ASK = 1  # SIGTERM, and all the time it needs
-    END = 2  # SIGTERM, and SIGKILL after the grace
-    KILL = 3
-
-
-def to_ask(command: int | None, children: Mapping[int, bool], asked: Collection[int]) -> list[int]:
-    """Which processes are to get SIGTERM now.
-
-    `command` is COMMAND's own process while it lives. `children` are the guard's: COMMAND, and
-    those whose parents have ended; the value says whether standard input is a pipe. Such a one ends
-    with its writer (`consumer | tee log`), whose job would be lost if it ended before it. Children
-    of a consumer are never asked: they may be at work on the job that it is to finish.
-    """
-    if command is not None:
-        return [] if command in asked else [command]
-    return [pid for pid, has_pipe in children.items() if not has_pipe and pid not in asked]
-
-
-class Family:
-    """COMMAND, and all that it has started, as their parent sees them. A Part.
-
-    The parent is a subreaper: a process whose own parent has ended becomes its child, whatever
-    session it has made for itself. Only children are signalled: until it is reaped, a child's id
-    can't be anybody else's. One that is killed leaves its children to us, and they are next.
-    """
-
-    def __init__(
-        self,
-        command: int | None,
-        grace: float,
-        wake: int | None = None,
-        spared: Collection[int] = (),
-    ) -> None:
-        """`wake` is the descriptor that SIGCHLD makes readable. `spared` are other children."""
-        self.status: int | None = None  # COMMAND's own, as in subprocess: negative for a signal
-        self.left = True  # False once there is nothing more of it
-        self.given_up = False  # what is left has survived SIGKILL
-        self.due = math.inf
-        self._command = command  # None: it has ended
-        self._grace = grace
-        self._wake = wake
-        self._spared = spared
-        self._order = Order.NONE
-        self._asked: set[int] = set()
-        self._kill_at = math.inf
-
-    def descriptors(self) -> Mapping[int, int]:
-        return {} if self._wake is None else {self._wake: select.POLLIN}
-
-    def obey(self, order: Order) -> None:
-        if order <= self._order:
-            return
-        self._order = order
-        self.due = time.monotonic()
-        if order == Order.END:
-            self._kill_at = self.due + self._grace
-        if order == Order.KILL:
-            self._kill_at = self.due
-
-    def step(self) -> None:
-        if self._wake is not None:
-            read_all(self._wake)
-        self._reap()
-        if not self.left or self._order == Order.NONE:
-            return
-        now = time.monotonic()
-        if now < self._kill_at:
-            children = {pid: _reads_a_pipe(pid) for pid in self.members()}
-            for pid in to_ask(self._command, children, self._asked):
-                self._asked.add(pid)
-                _signal(pid, signal.SIGTERM)
-        else:
-            for pid in self.members():
-                _signal(pid, signal.SIGKILL)
-            self.given_up = now >= self._kill_at + KILL_WAIT
-        self.due = now + LOOK_EVERY
-
-    def members(self) -> list[int]:
-        return [pid for pid in children_of_mine() if pid not in self._spared]
-
-    def _reap(self) -> None:
-        try:
-            while (found := os.waitpid(-1, os.WNOHANG)) != (0, 0):
-                pid, status = found
-                self._asked.discard(pid)
-                if pid == self._command:
-                    self._command = None
-                    self.status = os.waitstatus_to_exitcode(status)
-            if self._spared:  # while they live, waitpid() doesn't tell that no child is left
-                self.left = bool(self.members())
-        except ChildProcessError:
-            self.left = False
-
-
-def children_of_mine() -> list[int]:
-    """The processes whose parent is this one, which has one thread; zombies too."""
-    pid = os.getpid()
-    with open(f"/proc/{pid}/task/{pid}/children") as children:
-        return [int(child) for child in children.read().split()]
-
-
-def _reads_a_pipe(pid: int) -> bool:
-    try:
-        return os.readlink(f"/proc/{pid}/fd/0").startswith("pipe:")
-    except OSError:
-        return False
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, number)
-
-
-def become_subreaper() -> None:
-    """Adopt whatever the processes under this one leave behind. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
-class Program(NamedTuple):
-    """What a guard starts."""
-
-    command: Sequence[str]
-    environment: Mapping[str, str]
-    grace: float  # seconds
-    output: int = 1  # file descriptors
-    errors: int = 2
-
-    def start(self) -> int:
-        """Start it, and return its process id. Raises OSError."""
-        ignored_by_python = [signal.SIGPIPE, signal.SIGXFSZ]
-        return os.posix_spawnp(
-            self.command[0],
-            list(self.command),
-            self.environment,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, self.output, 1),
-                (os.POSIX_SPAWN_DUP2, self.errors, 2),
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            ],
-            setsid=True,  # whatever it signals its process group for is not for the guard
-            setsigmask=[],
-            setsigdef=[*ignored_by_python, *ENDING_SIGNALS],
-        )
-
-
-class Orders:
-    """The guard's end of the pipe by which it is told what to do with a family. A Part."""
-
-    due = math.inf
-
-    def __init__(self, descriptor: int, family: Family) -> None:
-        self._family = family
-        self._open = {descriptor: select.POLLIN}
-
-    def descriptors(self) -> Mapping[int, int]:
-        return self._open
-
-    def step(self) -> None:
-        for descriptor in list(self._open):
-            orders = read_all(descriptor)
-            if orders is None:  # the wrapper has been killed
-                orders = bytes([Order.END])
-                self._open.clear()
-            for order in orders:
-                self._family.obey(Order(order))
-
-
-def guard(program: Program, orders: int, reports: int, lock: int) -> None:
-    """The life of a guard: start COMMAND, report what becomes of it, end it when told to.
-
-    It is the parent of COMMAND, so that nothing which COMMAND has started can get away from it,
-    and outlives a wrapper that is killed. `orders` is a pipe of bytes, each an Order. `reports` is
-    a pipe of lines: see Run. While it holds `lock`, no successor starts a COMMAND.
-    """
-    os.setsid()  # a Ctrl-C in the terminal is for the wrapper alone
-    for number in ENDING_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # it ends when nothing of COMMAND is left, not before
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    _close_all_but({0, 1, 2, program.output, program.errors, orders, reports, lock})
-    wake, woken = os.pipe()
-    os.set_blocking(wake, False)
-    os.set_blocking(woken, False)
-    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    become_subreaper()
-
-    def report(line: str) -> None:
-        with contextlib.suppress(OSError):  # the wrapper has been killed
-            os.write(reports, f"{line}\n".encode(errors="replace"))
-
-    try:
-        command = program.start()
-    except OSError as error:
-        report(f"failed {error}")
-        report("done")
-        return
-    report(f"started {command}")
-    _let_go_of({0, 1, 2, program.output, program.errors})
-    family = Family(command, program.grace, wake)
-    _watch_over(family, orders, report)
-    if family.given_up:
-        report(f"stuck {_names(family.members())}")
-    report("done")
-
-
-def _watch_over(family: Family, orders: int, report: Callable[[str], None]) -> None:
-    parts = (Orders(orders, family), family)
-    tell_left_at = math.inf
-    ended = False
-    while family.left and not family.given_up:
-        turn(parts, tell_left_at)
-        if family.status is not None and not ended:
-            ended = True
-            report(f"ended {family.status}")
-            tell_left_at = time.monotonic() + 1
-        if family.left and time.monotonic() >= tell_left_at:
-            report(f"left {_names(family.members())}")
-            tell_left_at = math.inf
-
-
-def _close_all_but(kept: Collection[int]) -> None:
-    gc.disable()  # a file object of the wrapper's must not close its number a second time
-    for descriptor in map(int, os.listdir("/proc/self/fd")):
-        if descriptor not in kept:
-            with contextlib.suppress(OSError):  # the folder's own
-                os.close(descriptor)
-
-
-def _let_go_of(descriptors: Collection[int]) -> None:
-    """Point them to nowhere: whoever reads what COMMAND writes is to see its end."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in descriptors:
-        os.dup2(nowhere, descriptor, inheritable=False)
-    os.close(nowhere)
-
-
-def _names(pids: Collection[int]) -> str:
-    """For a person: `12 (python3), 34 (tee)`."""
-    names = []
-    for pid in list(pids)[:MOST_NAMED]:
-        name = ""
-        with contextlib.suppress(OSError):
-            name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-        names.append(f"{pid} ({name})")
-    if len(pids) > MOST_NAMED:
-        names.append(f"{len(pids) - MOST_NAMED} more")
-    return ", ".join(names)
-
-
-class Run:
-    """A run of COMMAND under a guard, as the wrapper sees it. A Part."""
-
-    guards: ClassVar[set[int]] = set()  # of all runs: children, but not of a COMMAND's family
-
-    def __init__(self, program: Program, lock: int) -> None:
-        self.started_at = time.monotonic()
-        self.order = Order.NONE
-        self.process: int | None = None  # COMMAND's own, once it is started
-        self.status: int | None = None  # of that, once it has ended
-        self.ended = False  # whether that has ended, or never was
-        self.failure = ""  # how it failed, if it did, and that was not our doing
-        self.stuck = ""  # which of its processes have survived SIGKILL
-        self.done = False  # nothing else of it is left
-        self._grace = program.grace
-        self._received = b""
-        self._nothing_left = False
-        self._orphans: Family | None = None  # COMMAND's family, when the guard has been killed
-        self._reports = -1
-        self._orders = -1
-        self._guard = -1
-        theirs = []
-        try:
-            self._reports, reports = os.pipe()
-            theirs.append(reports)
-            orders, self._orders = os.pipe()
-            theirs.append(orders)
-            os.set_blocking(self._reports, False)
-            os.set_blocking(orders, False)
-            self._guard = self._fork(program, orders, reports, lock)
-        except OSError as error:
-            self.failure = f"can't be started: {error}"
-            self._close()
-        finally:
-            close_all(theirs)
-
-    def _fork(self, program: Program, orders: int, reports: int, lock: int) -> int:
-        # A signal that came before the guard ignores it would count as one to the wrapper.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        try:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    guard(program, orders, reports, lock)
-                finally:
-                    os._exit(0)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self.guards.add(pid)
-        return pid
-
-    @property
-    def due(self) -> float:
-        return self._orphans.due if self._orphans else math.inf
-
-    def descriptors(self) -> Mapping[int, int]:
-        return {} if self.done or self._orphans else {self._reports: select.POLLIN}
-
-    def obey(self, order: Order) -> None:
-        if order <= self.order:
-            return
-        self.order = order
-        if self.done:
-            return
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._orders, bytes([order]))
-        if self._orphans:
-            self._orphans.obey(order)
-
-    def step(self) -> None:
-        if self.done:
-            return
-        if self._orphans:
-            self._orphans.step()
-            if self._orphans.given_up:
-                self.stuck = _names(self._orphans.members())
-            if self._orphans.given_up or not self._orphans.left:
-                self._close()
-            return
-        received = read_all(self._reports)
-        self._received += received or b""
-        *lines, self._received = self._received.split(b"\n")
-        for line in lines:
-            self._take(line.decode())
-        if received is None:
-            self._guard_has_ended()
-
-    def _take(self, line: str) -> None:
-        what, _, about = line.partition(" ")
-        if what == "started":
-            self.process = int(about)
-            self.started_at = time.monotonic()
-        elif what == "ended":
-            self.ended = True
-            self.status = int(about)
-            if self.order == Order.NONE:
-                self.failure = describe_failure(int(about))
-        elif what == "failed":
-            self.ended = True
-            self.failure = f"can't be started: {about}"
-        elif what == "left" and self.order == Order.NONE:
-            say(f"COMMAND has ended, and what it has started goes on: {about}")
-        elif what == "stuck":
-            self.stuck = about
-        elif what == "done":
-            self._nothing_left = True
-
-    def _guard_has_ended(self) -> None:
-        if self._nothing_left:
-            self._close()
-            return
-        self.failure = self.failure or "its guard was killed"
-        command = None if self.ended else self.process
-        self._orphans = Family(command, self._grace, spared=self.guards - {self._guard})
-        self._orphans.obey(max(self.order, Order.END))
-
-    def _close(self) -> None:
-        self.done = True
-        self.ended = True
-        self.guards.discard(self._guard)
-        close_all((self._orders, self._reports))
-        if self._guard > 0:
-            with contextlib.suppress(ChildProcessError):  # reaped with the orphans
-                os.waitpid(self._guard, 0)
-
-
-def describe_failure(status: int) -> str:
-    """What a status says went wrong, as subprocess has it (negative for a signal); '' for 0."""
-    if status == 0:
-        return ""
-    if status > 0:
-        return f"status {status}"
-    try:
-        return f"ended by {signal.Signals(-status).name}"
-    except ValueError:  # a real-time signal
-        return f"ended by signal {-status}"
-
-
 # The lease
 
 
@@ -721,7 +321,7 @@ class Renewal:
         self._given_id = session_id
         self._next_at = time.monotonic()
         # One that has almost run out, or has and wasn't swept yet, may still be renewed.
-        self._expires_at = self._next_at + max(time_to_live, 2 * RENEW_EVERY)
+        self.expires_at = self._next_at + max(time_to_live, 2 * RENEW_EVERY)
         self._exchange: Exchange | None = None
 
     @property
@@ -729,8 +329,8 @@ class Renewal:
         if self.gone:
             return math.inf
         if self._exchange:
-            return min(self._exchange.due, self._expires_at)
-        return min(self._next_at, self._expires_at)
+            return min(self._exchange.due, self.expires_at)
+        return min(self._next_at, self.expires_at)
 
     def descriptors(self) -> Mapping[int, int]:
         return self._exchange.descriptors() if self._exchange else {}
@@ -747,7 +347,7 @@ class Renewal:
             if self._exchange.done:
                 self._take(self._exchange)
                 self._exchange = None
-        if now >= self._expires_at and not self.gone:
+        if now >= self.expires_at and not self.gone:
             self._end("the worker was unreachable until it had expired")
 
     def _take(self, exchange: Exchange) -> None:
@@ -758,7 +358,7 @@ class Renewal:
             if self._given_id is None:
                 self.session_id = exchange.answer.get("session_id")
             else:
-                self._expires_at = exchange.sent_at + time_to_live
+                self.expires_at = exchange.sent_at + time_to_live
         elif renewed is False and self._given_id is None:
             self.session_id = None
         elif renewed is False:
@@ -839,14 +439,26 @@ class Progress(NamedTuple):
         return Verdict.AGAIN, progress
 
 
-def parse_waiting(output: str) -> int | None:
-    """The jobs that wait, by what --empty's COMMAND prints: one number, or the first of two."""
+class Jobs(NamedTuple):
+    """What --empty's COMMAND counts."""
+
+    waiting: int
+    in_hand: int | None = None  # None: it doesn't say
+
+
+def parse_jobs(output: str) -> Jobs | None:
+    """Parse one number or two; a third one, jobs that are done, isn't needed here."""
     numbers = output.split()
-    if len(numbers) not in (1, 2):
+    if len(numbers) not in (1, 2, 3):
         return None
     if not all(re.fullmatch("[0-9]{1,18}", number) for number in numbers):
         return None
-    return int(numbers[0])
+    return Jobs(*map(int, numbers[:2]))
+
+
+def gives_back(asked_at: Jobs, after: Jobs) -> bool:
+    """Whether COMMAND, which was asked with jobs in hand, has put one back instead of doing it."""
+    return bool(asked_at.in_hand) and after.waiting > asked_at.waiting
 
 
 # --empty
@@ -855,9 +467,9 @@ def parse_waiting(output: str) -> int | None:
 class Look:
     """One run of --empty's COMMAND. A Part."""
 
-    def __init__(self, line: str, environment: Mapping[str, str], lock: int) -> None:
-        """Raises OSError."""
-        self.waiting: int | None = None  # None: no valid answer, and then:
+    def __init__(self, program: Program, lock: int) -> None:
+        """Start it; what `program` writes is read here. Raises OSError."""
+        self.jobs: Jobs | None = None  # None: no valid answer, and then:
         self.problem = ""
         self._give_up_at = time.monotonic() + EMPTY_WAIT
         self._answered = False
@@ -872,7 +484,7 @@ class Look:
             theirs.append(errors)
             os.set_blocking(self._output, False)
             os.set_blocking(self._errors, False)
-            self._run = Run(Program(["sh", "-c", line], environment, 0.0, output, errors), lock)
+            self._run = Run(program._replace(output=output, errors=errors), lock)
         except OSError:
             close_all((self._output, self._errors))
             raise
@@ -913,9 +525,11 @@ class Look:
         errors = (read_all(self._errors) or b"").decode(errors="replace")
         if self._run.failure:
             self.problem = self._run.failure
+            if parse_jobs(output):  # as of `grep -c`, when it counts 0
+                self.problem += f" after it has printed {output[:100].strip()!r}"
         else:
-            self.waiting = parse_waiting(output)
-            if self.waiting is None:
+            self.jobs = parse_jobs(output)
+            if self.jobs is None:
                 self.problem = f"prints {output[:100]!r}, and not one number or two"
         if self.problem and errors.strip():
             self.problem += f": {errors.strip().splitlines()[-1]}"
@@ -926,8 +540,10 @@ class Waiting:
     """How many jobs wait: looks every 5 s while COMMAND runs, and when it is told to. A Part."""
 
     def __init__(self, start_look: Callable[[], Look]) -> None:
-        self.zeros = 0  # looks in a row, without those that got no answer
-        self.latest: int | None = None  # of the last look; None: it got no valid answer
+        # Looks in a row, without those that got no answer:
+        self.zeros = 0  # at which nothing waited
+        self.idle = 0  # at which nothing waited, and nothing was in hand
+        self.latest: Jobs | None = None  # of the last look; None: it got no valid answer
         self._start_look = start_look
         self._next_at = math.inf
         self._regularly = False
@@ -943,7 +559,7 @@ class Waiting:
         return self._look is not None or self._next_at <= time.monotonic()
 
     def look_regularly(self) -> None:
-        self.zeros = 0
+        self.zeros = self.idle = 0
         self._next_at = time.monotonic() + EMPTY_EVERY
         self._regularly = True
 
@@ -969,22 +585,46 @@ class Waiting:
         if self._look:
             self._look.step()
             if self._look.done:
-                self._take(self._look.waiting, self._look.problem)
+                self._take(self._look.jobs, self._look.problem)
                 self._look = None
 
-    def _take(self, waiting: int | None, problem: str) -> None:
+    def _take(self, jobs: Jobs | None, problem: str) -> None:
         """The answer of a look."""
         self._next_at = math.inf
         if self._regularly:
             self._next_at = time.monotonic() + EMPTY_EVERY
-        self.latest = waiting
-        if waiting == 0:
-            self.zeros += 1
-        elif waiting is not None:
-            self.zeros = 0
+        self.latest = jobs
+        if jobs:
+            self.zeros = 0 if jobs.waiting else self.zeros + 1
+            self.idle = 0 if jobs.waiting or jobs.in_hand else self.idle + 1
         if problem and not self._problem_told:
             say(f"--empty's COMMAND changes nothing now: {problem}")
         self._problem_told = bool(problem)
+
+
+class Reminder:
+    """Tells of a COMMAND that was asked to end because nothing waits, and goes on. A Part."""
+
+    def __init__(self, run: Run, waiting: Waiting) -> None:
+        """Begin when it is asked."""
+        self.due = time.monotonic() + GOES_ON_AFTER
+        self._run = run
+        self._waiting = waiting
+        self._asked_at = time.monotonic()
+
+    def descriptors(self) -> Mapping[int, int]:
+        return {}
+
+    def step(self) -> None:
+        now = time.monotonic()
+        if now < self.due:
+            return
+        jobs = self._waiting.latest
+        self.due = now + EMPTY_EVERY
+        names = self._run.names()
+        if jobs and not jobs.in_hand and names:  # else it may be at work
+            say(f"COMMAND was asked to end {now - self._asked_at:.0f} s ago and goes on: {names}")
+            self.due = now + GOES_ON_EVERY
 
 
 # The loop
@@ -1005,6 +645,7 @@ class Stop:
         self.worker_is_gone = False
         self.status = 0  # to exit with
         self._first_signal_at: float | None = None
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whatever it was to our parent
         self._wake, woken = os.pipe()
         self._descriptors = {self._wake: select.POLLIN}
         os.set_blocking(self._wake, False)
@@ -1013,6 +654,7 @@ class Stop:
         for number in ENDING_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
         self._worker_pipe = worker_pipe
         if worker_pipe is not None:
             try:
@@ -1022,6 +664,15 @@ class Stop:
                 text = f"--worker-pipe is {worker_pipe}, should be an open pipe: {error}"
                 raise SettingsError(text) from None
             self._descriptors[worker_pipe] = select.POLLIN
+
+    @property
+    def order(self) -> Order:
+        """What it means for COMMAND."""
+        if self.at_once:
+            return Order.KILL
+        if self.now and self._worker_pipe in self._descriptors:
+            return Order.END_SOON  # the worker drains
+        return Order.END if self.now else Order.NONE
 
     def descriptors(self) -> Mapping[int, int]:
         return self._descriptors
@@ -1047,22 +698,6 @@ class Stop:
             say(f"{number.name} again: ending at once")
 
 
-def environment_of_command(
-    environment: Mapping[str, str], port: int, session_id: str | None
-) -> dict[str, str]:
-    """The environment that COMMAND gets, from our own."""
-    changed = dict(environment)
-    changed.pop("MASTER_TOKEN", None)  # by which the worker is known to Vast
-    changed.pop("NULL_SESSION_ID", None)
-    changed["NULL_CONTROL_URL"] = f"http://127.0.0.1:{port}"
-    changed["NULL_CONTROL_PORT"] = str(port)
-    if session_id is not None:
-        changed["NULL_SESSION_ID"] = session_id
-    paths = [os.path.dirname(os.path.abspath(__file__)), environment.get("PYTHONPATH")]
-    changed["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    return changed
-
-
 class Consumer:
     """The life of the wrapper: wait, run COMMAND, release, pause where it failed, and again."""
 
@@ -1070,8 +705,10 @@ class Consumer:
         self._settings = settings
         self._port = settings.control_port
         self._command = command
+        self._place = Place.from_environment(os.environ)
         self._stop = stop
         self._failures = Failures()
+        self._gives_back = False  # whether COMMAND, when asked, gives its job back
         self._next = Renewal(self._port)  # keeps a reservation that has to wait to be served
         self._lock = -1
 
@@ -1151,50 +788,102 @@ class Consumer:
 
     def _serve(self, lease: Renewal) -> None:
         """Run COMMAND once; with --empty, for as long as jobs wait and it gets on with them."""
-        environment = environment_of_command(os.environ, self._port, lease.session_id)
+        environment = self._environment(lease.session_id)
         waiting = None
         if self._settings.empty:
-            line = self._settings.empty
-            waiting = Waiting(lambda: Look(line, environment, self._lock))
+            look = Program(command_of(self._settings.empty), environment, folder=self._place.folder)
+            waiting = Waiting(lambda: Look(look, self._lock))
         progress = Progress()
         verdict = Verdict.AGAIN
         while verdict is Verdict.AGAIN and not self._stop.now and not lease.gone:
-            program = Program(self._command, environment, self._settings.grace)
-            run = Run(program, self._lock)
-            self._watch(run, lease, waiting)
+            run = self._start(environment)
+            asked_at = self._watch(run, lease, waiting)
             self._take_account(run)
-            if run.failure or run.order != Order.NONE or waiting is None:
+            if run.failure or run.order > Order.ASK or waiting is None:
                 return
-            verdict, progress = progress.after_run(self._count(waiting, lease))
+            if run.order is Order.ASK and not (asked_at and asked_at.in_hand):
+                return
+            jobs = self._count(waiting, lease)
+            if run.order is Order.ASK and not self._note_given_back(run, asked_at, jobs):
+                return
+            verdict, progress = progress.after_run(jobs.waiting if jobs else None)
             if verdict is Verdict.FAILED:
                 self._failed(run.started_at, f"{IDLE_RUNS} runs, and no fewer jobs wait")
             elif verdict is Verdict.AGAIN:
                 self._wait(lease, until=run.started_at + RERUN_EVERY)
 
-    def _watch(self, run: Run, lease: Renewal, waiting: Waiting | None) -> None:
-        """Until nothing of it is left."""
+    def _note_given_back(self, run: Run, asked_at: Jobs | None, jobs: Jobs | None) -> bool:
+        """Whether COMMAND has given a job back, and may go on with it."""
+        if asked_at is None or jobs is None or not gives_back(asked_at, jobs):
+            return False
+        if not self._gives_back:
+            say(
+                "COMMAND gives its job back when it is asked to end: from now on it is asked "
+                "only when no job is in hand"
+            )
+        self._gives_back = True
+        return run.status == 0
+
+    def _environment(self, session_id: str | None) -> dict[str, str]:
+        return environment_of_command(os.environ, self._port, session_id, self._place)
+
+    def _start(self, environment: Mapping[str, str]) -> Run:
+        program = Program(
+            command=self._command,
+            environment=environment,
+            grace=self._settings.grace,
+            stop=self._settings.stop_signal,
+            folder=self._place.folder,
+        )
+        if self._place.output is None:
+            return Run(program, self._lock)
+        output = -1
+        with contextlib.suppress(OSError):  # it goes where our own output goes
+            output = os.open(self._place.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            program = program._replace(output=output, errors=output)
+        try:
+            return Run(program, self._lock)
+        finally:
+            close_all([output])
+
+    def _watch(self, run: Run, lease: Renewal, waiting: Waiting | None) -> Jobs | None:
+        """Wait until nothing of the run is left. Returns the jobs at the time it was asked."""
+        asked_at = None
+        reminder = None
         if waiting:
             waiting.look_regularly()
         while not run.done or (waiting and waiting.busy):
             run.obey(self._order(lease, waiting))
-            if waiting and (run.ended or run.order != Order.NONE):
-                waiting.stop()
             parts: list[Part] = [run, self._renewal_beside(lease)]
             if waiting:
                 parts.append(waiting)
+                if run.order is Order.ASK and not reminder:
+                    asked_at = waiting.latest
+                    reminder = Reminder(run, waiting)
+                if run.ended or run.order > Order.ASK:
+                    waiting.stop()
+                elif reminder:
+                    parts.append(reminder)
             self._turn(*parts)
+            self._tell_what_is_left(run)
+        return asked_at
+
+    def _tell_what_is_left(self, run: Run) -> None:
+        if run.left:
+            say(f"COMMAND has ended, and what it has started goes on: {run.left}")
+            run.left = ""
 
     def _order(self, lease: Renewal | None = None, waiting: Waiting | None = None) -> Order:
         """What is to be done with COMMAND now."""
-        if self._stop.at_once:
-            return Order.KILL
-        if self._stop.now or (lease and lease.gone):
+        if self._stop.now:
+            return self._stop.order
+        if lease and lease.gone:
             return Order.END
-        if waiting and waiting.zeros >= 2:
+        if waiting and (waiting.idle if self._gives_back else waiting.zeros) >= 2:
             return Order.ASK
         return Order.NONE
 
-    def _count(self, waiting: Waiting, lease: Renewal) -> int | None:
+    def _count(self, waiting: Waiting, lease: Renewal) -> Jobs | None:
         """The jobs that wait now; None when nobody knows."""
         waiting.look_now()
         while waiting.busy:
@@ -1212,11 +901,11 @@ class Consumer:
     # COMMAND takes the reservations itself
 
     def _run_resident(self) -> None:
-        environment = environment_of_command(os.environ, self._port, None)
-        run = Run(Program(self._command, environment, self._settings.grace), self._lock)
+        run = self._start(self._environment(None))
         while not run.done:
             run.obey(self._order())
             self._turn(run)
+            self._tell_what_is_left(run)
         if time.monotonic() - run.started_at > LONG_RUN:
             self._failures = Failures()
         if run.order == Order.NONE and not run.failure:
@@ -1227,6 +916,8 @@ class Consumer:
     # What follows
 
     def _take_account(self, run: Run) -> None:
+        if run.killed:
+            say(f"killed, for it had not ended in its time: {run.killed}")
         if run.stuck:
             self._report_broken(f"survives SIGKILL: {run.stuck}")
         if run.failure:
@@ -1279,25 +970,71 @@ class Consumer:
 # reservations()
 
 
+class Sigterm:
+    """SIGTERM, as reservations() takes it. In a forked child it is what it was before."""
+
+    def __init__(self) -> None:
+        """Take it: of the main thread only."""
+        self.has_come = False
+        self._before = signal.getsignal(signal.SIGTERM)
+        self._taken = False
+        os.register_at_fork(after_in_child=self.give_back)
+        self.take()
+
+    def take(self) -> None:
+        signal.signal(signal.SIGTERM, self._come)
+        self._taken = True
+
+    def take_if_default(self) -> None:
+        """Take it anew where a library that a job uses has put the default back."""
+        is_default = self._taken and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if is_default and threading.current_thread() is threading.main_thread():
+            self.take()
+
+    def give_back(self) -> None:
+        if self._taken:
+            self._taken = False
+            # None: what was there was no handler of Python's.
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+
+    def _come(self, *_: object) -> None:
+        self.has_come = True
+
+
+def _is_spawned() -> bool:
+    """Whether multiprocessing has started this process anew: it runs the main program again."""
+    started_by = ("from multiprocessing.spawn import", "from multiprocessing.forkserver import")
+    return any(argument.startswith(started_by) for argument in sys.orig_argv)
+
+
 class Lease:
-    """A reservation that a consumer has taken itself. True as long as it is held and wanted."""
+    """A reservation that a consumer has taken itself. True as long as it is held and wanted.
+
+    It is the process's that took it: in a forked child it is false, and nothing is done with it.
+    """
 
     def __init__(
-        self, port: int, renewal: Renewal, limit: float | None, is_ending: Callable[[], bool]
+        self, port: int, renewal: Renewal, limit: float | None, sigterm: "Sigterm"
     ) -> None:
         self.session_id = renewal.session_id
+        self._owner = os.getpid()
         self._limit = math.inf if limit is None else limit
         self._port = port
         self._renewal = renewal
-        self._is_ending = is_ending
+        self._sigterm = sigterm
         self._closed = False
         self._looked_at = time.monotonic()
         self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._renewing.start()
 
     def __bool__(self) -> bool:
+        if self._closed or os.getpid() != self._owner:
+            return False
         self._looked_at = time.monotonic()
-        return not (self._closed or self._renewal.gone or self._is_ending())
+        self._sigterm.take_if_default()
+        # A job that holds Python's lock keeps the thread from renewing: the clock decides.
+        over = self._renewal.gone or self._looked_at >= self._renewal.expires_at
+        return not (over or self._sigterm.has_come)
 
     def __enter__(self) -> "Lease":
         return self
@@ -1307,7 +1044,7 @@ class Lease:
 
     def close(self) -> None:
         """Release it, if it is still there. Done at the end of the block."""
-        if self._closed:
+        if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
         self._renewing.join()
@@ -1372,27 +1109,187 @@ def reservations(limit: float | None = None) -> Iterator[Lease]:
     end. `limit` is how many seconds may pass between two such looks at the lease. If more do, the
     job hangs: the process ends with status 75, for its supervisor to start it again.
 
-    Of the main thread only: it handles SIGTERM for as long as it lasts. Raises SettingsError.
+    Of the main thread only: it handles SIGTERM for as long as it lasts. A child that
+    `multiprocessing` has spawned can't take reservations. Raises SettingsError.
     """
+    if _is_spawned():
+        raise SettingsError(
+            "a process that multiprocessing has spawned can't take reservations: call "
+            "reservations() under `if __name__ == '__main__':`"
+        )
     port = _port("NULL_CONTROL_PORT", os.environ.get("NULL_CONTROL_PORT") or "18999")
-    signals: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    owner = os.getpid()
+    sigterm = Sigterm()
 
     def is_ending() -> bool:
-        return bool(signals)
+        return sigterm.has_come or os.getpid() != owner
 
     try:
         while not is_ending():
+            sigterm.take()  # a library may have taken it meanwhile
             asked = ask_for_reservation(port)
             finish(asked, is_ending)
             renewal = renewal_of(asked)
             if renewal and not is_ending():
-                with Lease(port, renewal, limit, is_ending) as lease:
+                with Lease(port, renewal, limit, sigterm) as lease:
                     yield lease
             else:  # one that isn't there, or drains, answers at once
                 time.sleep(max(0.0, asked.sent_at + RETRY_EVERY - time.monotonic()))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        sigterm.give_back()
+
+
+# Beside a worker: what null_worker.py uses
+
+PAUSE = 1.0  # seconds until null_consumer.py is started again, the first time; doubled each time
+LONGEST_RESTART_PAUSE = 30.0  # seconds
+WELL_AFTER = 60.0  # seconds after which one that ends was well before
+QUICK_ENDS = 3  # in a row within a minute: it can't be run here
+END_WAITS = (4.0, 1.0, 0.5)  # seconds after SIGTERM, after SIGTERM again, and after SIGKILL
+LAST_WORDS_WAIT = 0.5  # seconds for its last line
+
+
+class OfWorker(NamedTuple):
+    """What the thread that runs null_consumer.py needs of its worker; safe to call there."""
+
+    tell: Callable[[str], object]  # a line of the log
+    keep: Callable[[], object]  # renew the open session, if there is one
+    report_broken: Callable[[str], object]
+    open_files: int  # the limit that the worker was started with
+
+
+class ConsumerProcess:
+    """Runs this file as a program beside a worker, in a thread, for as long as the worker lives."""
+
+    def __init__(self, line: str, environment: Mapping[str, str], worker: OfWorker) -> None:
+        """`line` is a shell line, what null_consumer.py is to run."""
+        # Nobody writes. The kernel closes our end when we end, however that comes, and
+        # null_consumer.py, which reads the other one to its end, then ends too.
+        self._pipe, self._our_end = os.pipe()
+        self._command = command_of(line)
+        self._settings = Settings.from_environment(environment)
+        self._environment = environment
+        self._worker = worker
+        self._others = children_of(os.getpid())  # that are nothing of ours
+        self._process: Any = None  # a subprocess.Popen
+        self._last_line = ""
+        self._ending = threading.Event()
+        self._ending_at_once = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="consumer", daemon=True)
+
+    def start(self) -> None:
+        """Start it, and again whenever it has ended, until end()."""
+        with contextlib.suppress(OSError):
+            become_subreaper()  # it and a guard of it may be killed at once
+        self._thread.start()
+
+    def end(self) -> None:
+        """Ask it to end; again, which ends its command at once; then kill it. Waits for that."""
+        self._ending.set()
+        numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
+        for number, seconds in zip(numbers, END_WAITS, strict=True):
+            self._signal(number)
+            self._thread.join(seconds)
+            if not self._thread.is_alive():
+                return
+            self._ending_at_once.set()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def _run(self) -> None:
+        pause = PAUSE
+        starts: list[float] = []
+        while not self._ending.is_set():
+            started_at = time.monotonic()
+            starts.append(started_at)
+            status, why = self._run_once()
+            try:
+                self._end_what_is_left()
+            except OSError as error:
+                self._worker.tell(f"what null_consumer.py has left behind isn't known: {error}")
+            if self._ending.is_set():
+                return
+            now = time.monotonic()
+            if now - started_at > WELL_AFTER:
+                pause = PAUSE
+            if status is None:  # for want of open files or of memory: that passes
+                starts.clear()
+            if status == 2 or (len(starts) >= QUICK_ENDS and now - starts[-QUICK_ENDS] < 60):
+                self._worker.report_broken(f"null_consumer.py can't be run here: it {why}")
+                return
+            self._worker.tell(f"null_consumer.py {why}; started again in {pause:g} s")
+            self._ending.wait(pause)
+            pause = min(2 * pause, LONGEST_RESTART_PAUSE)
+
+    def _run_once(self) -> tuple[int | None, str]:
+        """Returns its status, and in words why it runs no more."""
+        import subprocess  # here: it costs a megabyte
+
+        self._last_line = ""
+        last_words = theirs = errors = -1
+        try:
+            last_words, theirs = os.pipe()
+            errors = os.dup(2)
+            options = {"--worker-pipe": self._pipe, "--errors": errors}
+            options["--open-files"] = self._worker.open_files
+            arguments = [str(part) for option in options.items() for part in option]
+            self._process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), *arguments, "--", *self._command],
+                stdin=subprocess.DEVNULL,
+                stderr=theirs,
+                pass_fds=(self._pipe, errors),
+                env=self._environment,
+                start_new_session=True,  # a signal to our process group is for us alone
+            )
+        except OSError as error:
+            close_all([last_words])
+            return None, f"can't be started: {error}"
+        finally:
+            close_all([theirs, errors])
+        self._worker.tell(f"started null_consumer.py pid={self._process.pid}")
+        reading = threading.Thread(target=self._read, args=(last_words,), daemon=True)
+        reading.start()
+        if self._ending.is_set():  # meanwhile
+            self._signal(signal.SIGTERM)
+        status = self._process.wait()
+        reading.join(LAST_WORDS_WAIT)
+        why = f"ended with status {status}"
+        if self._last_line:
+            why += f": {self._last_line}"
+        return status, why
+
+    def _read(self, last_words: int) -> None:
+        """Pass on what it writes until it has started, and how it breaks."""
+        with open(last_words, "rb") as lines:
+            for line in lines:
+                with contextlib.suppress(OSError):
+                    os.write(2, line)
+                self._last_line = line[:LONGEST_LINE].decode(errors="replace").strip()
+
+    def _end_what_is_left(self) -> None:
+        """End what it had started, where it was killed, before another one is started."""
+        settings = self._settings
+        give_up_at = time.monotonic() + settings.grace + KILL_WAIT
+        while time.monotonic() < give_up_at and self._has_guard():
+            self._worker.keep()  # the guard ends COMMAND
+            time.sleep(GLANCE)
+        family = Family(None, settings.stop_signal, settings.grace, spared=self._others)
+        family.step()
+        if not family.left:
+            return
+        self._worker.tell(f"null_consumer.py has left behind, and that is ended: {family.names()}")
+        family.obey(Order.END)
+        while family.left and not family.given_up:
+            if self._ending_at_once.is_set():
+                family.obey(Order.KILL)
+            self._worker.keep()
+            turn([family], time.monotonic() + GLANCE)
+
+    def _has_guard(self) -> bool:
+        children = read_family(os.getpid(), self._settings.stop_signal, self._others)
+        return any(each.name == GUARD_NAME for each in children.values())
 
 
 # The command
@@ -1400,6 +1297,10 @@ def reservations(limit: float | None = None) -> Iterator[Lease]:
 
 class NotHere(Exception):
     """This system lacks something; the text is one line for a person."""
+
+
+# No `true`, which not every container has, and what is so for a moment.
+NOTHING_LACKS = (errno.ENOENT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def check_system() -> None:
@@ -1411,9 +1312,15 @@ def check_system() -> None:
     except OSError as error:
         raise NotHere(f"needs a Linux with child subreapers: {error}") from None
     try:
-        children_of_mine()
+        children_of(os.getpid())
     except OSError as error:
         raise NotHere(f"needs a Linux with /proc/PID/task/TID/children: {error}") from None
+    trial = Run(Program(["true"], os.environ))
+    while not trial.done:
+        turn([trial])
+    passes = any(f"[Errno {code}]" in trial.failure for code in NOTHING_LACKS)
+    if trial.failure and not passes:
+        raise NotHere(f"can't run a command here: {trial.failure}")
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -1424,7 +1331,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         description="Run COMMAND while this instance's null_worker.py is reserved.",
         allow_abbrev=False,
     )
-    parser.add_argument("--grace", metavar="S", help="seconds from SIGTERM to SIGKILL (30)")
+    parser.add_argument("--grace", metavar="S", help="seconds from the stop signal to SIGKILL (30)")
     parser.add_argument(
         "--empty",
         metavar="COMMAND",
@@ -1442,7 +1349,13 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         metavar="S",
         help="seconds of nothing but failures until the worker is reported as broken (600)",
     )
-    parser.add_argument("--worker-pipe", metavar="FD", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--stop-signal",
+        metavar="NAME",
+        help="the signal that asks COMMAND to end: TERM, INT, QUIT, HUP, USR1 or USR2 (TERM)",
+    )
+    for hidden in ("--worker-pipe", "--errors", "--open-files"):  # see ConsumerProcess
+        parser.add_argument(hidden, metavar="N", type=int, help=argparse.SUPPRESS)
     options = list(arguments)
     command: list[str] = []
     if "--" in options:
@@ -1456,8 +1369,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
 
 def open_standard_streams() -> None:
     """Where they are closed: the next file that is opened would be taken for one of them."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
+    descriptor = 0
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(descriptor, descriptor <= 2)
     os.close(descriptor)
 
 
@@ -1469,6 +1384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--empty": options.empty,
         "--resident": options.resident,
         "--broken-after": options.broken_after,
+        "--stop-signal": options.stop_signal,
     }
     given = {name: text for name, text in flags.items() if text is not None}
     try:
@@ -1478,7 +1394,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SettingsError, NotHere) as error:
         print(f"null_consumer: {error}", file=sys.stderr)
         return 2
+    if options.open_files is not None:
+        _set_open_files(options.open_files)
+    if options.errors is not None:
+        return _run_with_last_words(Consumer(settings, command, stop), options.errors)
     return Consumer(settings, command, stop).run()
+
+
+def _set_open_files(soft: int) -> None:
+    """Lower the limit for COMMAND to what the worker was started with."""
+    import resource  # only beside a worker
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _run_with_last_words(consumer: Consumer, errors: int) -> int:
+    """Standard error until now is a pipe to the worker: for what ends us, from here on."""
+    last_words = os.dup(2)
+    os.dup2(errors, 2)
+    os.close(errors)
+    try:
+        return consumer.run()
+    except BaseException as error:
+        os.write(last_words, f"{type(error).__name__}: {error}\n".encode(errors="replace"))
+        raise
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import os
 import re
 import runpy
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -60,6 +59,7 @@ OF_ANY_CONSUMER = (
     "NULL_EMPTY",
     "NULL_RESIDENT",
     "NULL_BROKEN_AFTER",
+    "NULL_STOP_SIGNAL",
 )
 
 TICK = 0.1  # seconds between two looks at the processes
@@ -253,20 +253,18 @@ def of_the_caller(environment: Mapping[str, str]) -> dict[str, str]:
     return passed
 
 
-def in_callers_place(line: str, environment: Mapping[str, str], output: Path | None = None) -> str:
-    """A shell line that runs as if the caller had typed it, whatever the worker has changed.
+def callers_place(environment: Mapping[str, str], output: Path) -> str:
+    """Where null_consumer.py is to run COMMAND: as if the caller had typed it, see its NULL_PLACE.
 
-    What it writes goes to the end of `output`, where one is named. Raises OSError.
+    What COMMAND writes goes to the end of `output`. Raises OSError.
     """
-    steps = []
-    if output is not None:
-        steps.append(f"exec >>{shlex.quote(str(output))} 2>&1")
-    steps.append(f"cd {shlex.quote(os.getcwd())} || exit")
-    for name in ("PATH", "VIRTUAL_ENV"):  # without which the worker starts it
-        if name in environment:
-            steps.append(f"export {name}={shlex.quote(environment[name])}")
-    # On a line of its own even a syntax error comes after these, and so in `output`.
-    return "; ".join(steps) + "\n" + line
+    names = ("PATH", "VIRTUAL_ENV")  # without which the worker starts null_consumer.py
+    place = {
+        "folder": os.getcwd(),
+        "environment": {name: environment[name] for name in names if name in environment},
+        "output": str(output),
+    }
+    return json.dumps(place)
 
 
 class LocalEndpoint:
@@ -584,11 +582,7 @@ class Instances:
         environment |= self._environment
         environment |= besides
         if environment.get("NULL_CONSUMER"):
-            environment["NULL_CONSUMER"] = in_callers_place(
-                environment["NULL_CONSUMER"], environment, worker.output
-            )
-        if environment.get("NULL_EMPTY"):
-            environment["NULL_EMPTY"] = in_callers_place(environment["NULL_EMPTY"], environment)
+            environment["NULL_PLACE"] = callers_place(environment, worker.output)
         return environment
 
     def keep_folder(self) -> None:

@@ -353,6 +353,11 @@ async def _end_session(http: aiohttp.ClientSession, url: str, session: JSON) -> 
         await asyncio.sleep(0.2)
 
 
+def _tell_not_closed(session_id: str, url: str, time_to_live: float) -> None:
+    until = _date(time.time() + time_to_live + EXPIRY_SWEEP)
+    log.warning("not closed session=%s: %s stays reserved until %s", session_id, url, until)
+
+
 def keep_alive_due(time_to_live: float, lifetime: float) -> float:
     """Return the seconds until the next keep-alive.
 
@@ -533,9 +538,7 @@ class Reservation:
             session = {"session_id": self.session_id, "session_auth": self.auth_data}
             closed = await _end_session(self._http, self.url, session)
         if not closed:
-            until = _date(time.time() + self.time_to_live + EXPIRY_SWEEP)
-            stays = f"{self.url} stays reserved until {until}"
-            log.warning("not closed session=%s: %s", self.session_id, stays)
+            _tell_not_closed(self.session_id, self.url, self.time_to_live)
         self._gone()
 
     async def _stop_keeping(self) -> None:
@@ -701,9 +704,12 @@ class _Request:
             until = _date(time.time() + self._payload["lifetime"] + EXPIRY_SWEEP)
             log.warning("no answer to a create: %s may stay reserved until %s", url, until)
         elif isinstance(created.fields.get("session_id"), str):
-            session = {"session_id": created.fields["session_id"], "session_auth": auth_data}
+            session_id = created.fields["session_id"]
+            session = {"session_id": session_id, "session_auth": auth_data}
             async with self._shared.closing:
-                await _end_session(http, url, session)
+                closed = await _end_session(http, url, session)
+            if not closed:
+                _tell_not_closed(session_id, url, self._payload["lifetime"])
         await http.close()
 
 

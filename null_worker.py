@@ -8,6 +8,20 @@ its lifetime, or when this process is asked to stop.
 On a Vast instance: python null_worker.py. Anywhere else: python null_client.py --local
 """
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  for them alone: they can read this file
+    found = f"{sys.version_info[0]}.{sys.version_info[1]}, {sys.executable}"
+    sys.stderr.write(f"null_worker: needs Python 3.10 or newer, and this is {found}\n")
+    sys.exit(2)
+
+import os
+
+if __name__ == "__main__":
+    # A queue.py beside this file, say, must not be taken for the standard library's.
+    here = [os.path.dirname(path(__file__)) for path in (os.path.abspath, os.path.realpath)]
+    sys.path[:] = [each for each in sys.path if os.path.abspath(each) not in here] + here
+
 import asyncio
 import concurrent.futures
 import contextlib
@@ -17,14 +31,12 @@ import importlib.metadata
 import json
 import logging
 import operator
-import os
 import queue
 import re
 import resource
 import signal
 import socket
 import socketserver
-import sys
 import threading
 import time
 import zlib
@@ -34,11 +46,23 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 from urllib.parse import SplitResult, parse_qs, urljoin, urlsplit
 
-import aiohttp
-from aiohttp import web
+try:
+    import aiohttp
+    from aiohttp import web
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write(
+        f"null_worker: {sys.executable} lacks what it needs ({error}): "
+        "pip install -r requirements.txt\n"
+    )
+    sys.exit(2)
+
+if TYPE_CHECKING:
+    import null_consumer
 
 log = logging.getLogger("null_worker")
 door_log = logging.getLogger("null_worker.door")  # of what strangers do: at most a line a second
@@ -59,7 +83,8 @@ DEFAULTS = {
 }
 TRUE = ("y", "yes", "t", "true", "on", "1")  # as the framework reads a switch
 FALSE = ("n", "no", "f", "false", "off", "0")
-CONSUMER_SCRIPT = Path(__file__).with_name("null_consumer.py")
+# What NULL_CONSUMER needs, beside this file, or beside the one that a link stands for.
+CONSUMER_FILES = ("null_consumer.py", "null_guard.py")
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)  # and a port
 
 
@@ -126,7 +151,10 @@ class _Environment:
         if line is None:
             return None
         self.require(line.strip(), name, "a shell line")
-        self.require(CONSUMER_SCRIPT.exists(), name, f"unset where there is no {CONSUMER_SCRIPT}")
+        folder = Path(__file__).resolve().parent
+        for file in CONSUMER_FILES:
+            is_there = (folder / file).exists() or Path(__file__).with_name(file).exists()
+            self.require(is_there, name, f"unset where there is no {folder / file}")
         import null_consumer  # only now: the worker works when it was copied alone
 
         try:
@@ -897,12 +925,7 @@ def end_process(status: int) -> NoReturn:
     os._exit(status)
 
 
-# The consumer that the worker starts, where NULL_CONSUMER names one
-
-CONSUMER_PAUSE = 1.0  # seconds until it is started again, the first time; doubled each time
-CONSUMER_LONGEST_PAUSE = 30.0  # seconds
-CONSUMER_WELL = 60.0  # seconds after which one that ends was well before
-CONSUMER_GRACE = (4.0, 1.0, 0.5)  # seconds after SIGTERM, after SIGTERM again, and after SIGKILL
+# The consumer that the worker starts, where NULL_CONSUMER names one: see ConsumerProcess there
 
 
 def environment_of_consumer(env: Mapping[str, str], control_port: int) -> dict[str, str]:
@@ -925,83 +948,6 @@ def environment_of_consumer(env: Mapping[str, str], control_port: int) -> dict[s
     return changed
 
 
-class ConsumerProcess:
-    """Runs null_consumer.py beside the worker, for as long as the worker lives."""
-
-    def __init__(self, line: str, environment: Mapping[str, str]) -> None:
-        """`line` is what null_consumer.py is to run, by a shell."""
-        # Nobody writes. The kernel closes our end when we end, however that comes, and
-        # null_consumer.py, which reads the other one to its end, then ends too.
-        self._pipe, self._our_end = os.pipe()
-        self._command = [
-            sys.executable,
-            str(CONSUMER_SCRIPT),
-            "--worker-pipe",
-            str(self._pipe),
-            "--",
-            "sh",
-            "-c",
-            line,
-        ]
-        self._environment = environment
-        self._process: asyncio.subprocess.Process | None = None
-        self._running: asyncio.Task[None] | None = None
-        self._ending = asyncio.Event()
-
-    def start(self) -> None:
-        """Start it, and again whenever it has ended, until end()."""
-        self._running = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        pause = CONSUMER_PAUSE
-        while not self._ending.is_set():
-            started_at = time.monotonic()
-            why = await self._run_once()
-            if self._ending.is_set():
-                return
-            if time.monotonic() - started_at > CONSUMER_WELL:
-                pause = CONSUMER_PAUSE
-            log.error("null_consumer.py %s; started again in %g s", why, pause)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), pause)
-            pause = min(2 * pause, CONSUMER_LONGEST_PAUSE)
-
-    async def _run_once(self) -> str:
-        """Returns why it runs no more."""
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(self._pipe,),
-                env=self._environment,
-                start_new_session=True,  # a signal to our process group is for us alone
-            )
-        except OSError as error:
-            return f"can't be started: {error}"
-        log.info("started null_consumer.py pid=%d", process.pid)
-        self._process = process
-        if self._ending.is_set():  # meanwhile
-            self._signal(signal.SIGTERM)
-        return f"ended with status {await process.wait()}"
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
-
-    async def end(self) -> None:
-        """Ask it to end; again, which ends its command at once; then kill it."""
-        self._ending.set()
-        if self._running is None:
-            return
-        numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)
-        for number, seconds in zip(numbers, CONSUMER_GRACE, strict=True):
-            self._signal(number)
-            await asyncio.wait({self._running}, timeout=seconds)
-            if self._running.done():
-                return
-
-
 # The worker
 
 PERFORMANCE = 100  # one session of cost 100 is one worker; 99.9 would be rounded up to one more
@@ -1009,6 +955,10 @@ PORT_WAIT = 10.0  # seconds that a predecessor may hold the ports; it drains for
 HEALTH_INTERVAL = 10.0  # seconds between two looks at a consumer that was well
 HEALTH_TIMEOUT = 10.0  # seconds for a look to be answered
 START_INTERVAL = 1.0  # seconds between two looks at a consumer that is still starting
+# Vast's base image makes this file when the provisioning script has failed, and starts the worker
+# all the same.
+PROVISIONING_FAILED = Path("/.provisioning_failed")
+PROVISIONING_LOG = "/var/log/portal/provisioning.log"
 KEY_INTERVAL = 3.0  # seconds between two requests to a key server that is away
 CALLBACK_TIMEOUT = 10.0  # seconds for an on_close callback
 CONTROL_WAIT = 15.0  # seconds after which a request to the control server is answered with 504
@@ -1037,15 +987,19 @@ async def wait_until(condition: Callable[[], object], seconds: float = float("in
 class NullWorker:
     """The life of the worker. Every decision about reservations is made here."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raise StartupError where the SDK isn't known to work."""
+    def __init__(self, settings: Settings, open_files: int) -> None:
+        """Raise StartupError where the SDK isn't known to work.
+
+        `open_files` is the limit that this process was started with; a consumer gets it too.
+        """
         self.settings = settings
+        self._open_files = open_files
         self.stage = Stage.STARTING
         self.broken_reason: str | None = None  # the first one stays
         self.undone = "anything: the event loop is blocked"  # of the drain
         self._callbacks: set[object] = set()  # the tasks that wait for an on_close callback
         self._change = asyncio.Event()  # set when a session begins or ends, and then replaced
-        self._consumer: ConsumerProcess | None = None  # that we have started ourselves
+        self._consumer: null_consumer.ConsumerProcess | None = None  # that we started ourselves
         self.framework = Framework(settings, self)
 
     # Starting
@@ -1099,16 +1053,30 @@ class NullWorker:
             yield
 
     def _start_consumer(self) -> None:
-        if self.settings.consumer is not None and self.stage is not Stage.DRAINING:
-            environment = environment_of_consumer(os.environ, self.settings.control_port)
-            self._consumer = ConsumerProcess(self.settings.consumer, environment)
-            self._consumer.start()
+        if self.settings.consumer is None or self.stage is Stage.DRAINING:
+            return
+        import null_consumer  # only now: the worker works when it was copied alone
+
+        worker = null_consumer.OfWorker(
+            tell=log.info,
+            keep=lambda: asyncio.run_coroutine_threadsafe(self.renew(None), self._loop),
+            report_broken=lambda reason: self._loop.call_soon_threadsafe(
+                self.report_broken, reason
+            ),
+            open_files=self._open_files,
+        )
+        environment = environment_of_consumer(os.environ, self.settings.control_port)
+        self._consumer = null_consumer.ConsumerProcess(self.settings.consumer, environment, worker)
+        self._consumer.start()
 
     # Well or sick
 
     async def _become_ready(self, http: aiohttp.ClientSession) -> None:
         """Wait for all that a reservation needs: the public key, and a consumer that is well."""
         deadline = time.monotonic() + self.settings.start_timeout
+        if PROVISIONING_FAILED.exists():
+            self.report_broken(f"provisioning has failed: see {PROVISIONING_LOG} on the instance")
+            return
         if not self.settings.unsecured:
             await self._wait_for_no(self._key_problem, KEY_INTERVAL, deadline)
         await self._wait_for_no(partial(self._health_problem, http), START_INTERVAL, deadline)
@@ -1379,7 +1347,7 @@ class NullWorker:
         self.stage = Stage.DRAINING
         if self._consumer is not None:  # before the session: no job runs on a worker that is free
             self._next_step("the end of null_consumer.py")
-            await self._consumer.end()
+            await asyncio.to_thread(self._consumer.end)
         session = self.framework.session()
         session_id = None if session is None else session.session_id
         self._next_step(f"the on_close callbacks of session={session_id}")
@@ -1405,11 +1373,12 @@ def _not_active(what: str, session_id: str | None) -> Answer:
 # The process
 
 
-def raise_open_files() -> None:
-    """Every connection, a stranger's too, is an open file."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def raise_open_files() -> int:
+    """Every connection, a stranger's too, is an open file. Returns the limit until now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft
 
 
 def open_closed_streams() -> None:
@@ -1437,6 +1406,9 @@ def catch_signals() -> socket.socket:
         if number == signal.SIGHUP and is_ignored:  # nohup: it shall outlive its terminal
             continue
         signal.signal(number, lambda *_: None)
+    # Whatever they are to who has started this process.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return signals
 
 
@@ -1445,9 +1417,9 @@ def main() -> int:
     open_closed_streams()
     signals = catch_signals()
     set_up_log()
-    raise_open_files()
+    open_files = raise_open_files()
     try:
-        worker = NullWorker(Settings.from_environment(os.environ))
+        worker = NullWorker(Settings.from_environment(os.environ), open_files)
     except StartupError as error:
         print(f"null_worker: {error}", file=sys.stderr)
         return 2

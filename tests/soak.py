@@ -118,13 +118,18 @@ def watch(run, environment, minutes, jobs):
 
 
 def growth(lines, program):
-    """MiB an hour after the first half hour, by its first third and its last."""
-    sizes = [float(line[f"{program} MiB"]) for line in lines if line["minute"] > WARM]
+    """MiB an hour after the first half hour, from its first third to its last."""
+    sizes = [
+        (line["minute"], float(line[f"{program} MiB"]))
+        for line in lines
+        if line["minute"] > WARM and line[program] > 0  # none may run at that moment
+    ]
     third = len(sizes) // 3
     if third == 0:
         return None
-    hours = (len(sizes) - third) / 60
-    return (sum(sizes[-third:]) - sum(sizes[:third])) / third / hours
+    began, first = (sum(column) / third for column in zip(*sizes[:third], strict=True))
+    ended, last = (sum(column) / third for column in zip(*sizes[-third:], strict=True))
+    return (last - first) / (ended - began) * 60
 
 
 def main():

@@ -78,7 +78,7 @@ def test_each_page_is_linked_from_the_readme():
 # Flags
 
 # On the pages already, and on its way into the code. Take out what has come.
-COMING = {"--debug", "--diagnose", "--metrics", "--stop-signal", "--version", "--watch"}
+COMING = {"--diagnose", "--metrics", "--stop-signal"}
 COMING_SETTINGS = {"NULL_STOP_SIGNAL"}
 COMING_LINES = {
     "/var/log/portal/provisioning.log",

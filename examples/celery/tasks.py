@@ -7,17 +7,20 @@ import time
 from celery import Celery
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
-# Seconds after which a job that was taken and not finished is given to the next worker, because its
-# own has died. Make it longer than your longest job: one that takes longer is done twice.
+BROKER_URL = os.environ.get("BROKER_URL", REDIS_URL)
+# Seconds after which Redis gives a job that was taken and not finished to the next worker, because
+# its own has died. Make it longer than your longest job: a job that takes longer is done twice.
 VISIBILITY_TIMEOUT = float(os.environ.get("VISIBILITY_TIMEOUT", 3600))
 
-app = Celery("tasks", broker=REDIS_URL, backend=REDIS_URL)
+app = Celery("tasks", broker=BROKER_URL, backend=REDIS_URL)
 app.conf.update(
     broker_transport_options={
         "visibility_timeout": VISIBILITY_TIMEOUT,
-        # Seconds for which a process that is killed while it gives lost jobs back holds up others.
+        # Seconds for which a worker that is killed while it gives lost jobs back holds up others.
         "unacked_mutex_expire": 10,
     },
+    task_default_queue="jobs",
+    result_extended=True,  # `results` wants to know a job's queue
     task_acks_late=True,  # taken out when it is done, not when it begins
     worker_prefetch_multiplier=1,  # none is kept from other workers while this one is at work
     broker_connection_retry_on_startup=False,  # no machine is held for a Redis that is away

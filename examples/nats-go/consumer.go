@@ -11,14 +11,24 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// consume does jobs until none is left, or until SIGTERM.
-//
-// A dead worker's job comes back after the consumer's ack_wait, to whoever asks then. So one that
-// finds no job stays that long while others have jobs in hand.
-func consume(stream nats.JetStreamContext) error {
+// consume does jobs until none is left in these queues, or until SIGTERM.
+func consume(stream nats.JetStreamContext, queues []string) error {
 	stopping, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	jobs, err := stream.PullSubscribe("", "", nats.Bind("JOBS", "workers"))
+	for _, queue := range queues {
+		if err := consumeOne(stream, queue, stopping); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// consumeOne does the jobs of one queue.
+//
+// A dead worker's job comes back after the consumer's ack_wait, to whoever asks then. So a consumer
+// that finds no job stays that long while others have jobs in hand.
+func consumeOne(stream nats.JetStreamContext, queue string, stopping context.Context) error {
+	jobs, err := stream.PullSubscribe("", "", nats.Bind(queue, "workers"))
 	if err != nil {
 		return err
 	}
@@ -33,7 +43,7 @@ func consume(stream nats.JetStreamContext) error {
 		messages, err := jobs.Fetch(1, nats.MaxWait(time.Second))
 		switch {
 		case err == nil:
-			if err := do(messages[0], stream, ackWait, stopping); err != nil {
+			if err := do(messages[0], stream, queue, ackWait, stopping); err != nil {
 				return err
 			}
 			lastJob = time.Now()
@@ -59,7 +69,11 @@ type outcome struct {
 
 // do does one job, and tells the queue meanwhile that it is in good hands.
 func do(
-	message *nats.Msg, stream nats.JetStreamContext, ackWait time.Duration, stopping context.Context,
+	message *nats.Msg,
+	stream nats.JetStreamContext,
+	queue string,
+	ackWait time.Duration,
+	stopping context.Context,
 ) error {
 	done := make(chan outcome, 1)
 	go func() {
@@ -82,7 +96,7 @@ func do(
 				return message.Nak()
 			}
 			// Two results with one id are one, should this job have to run again nevertheless.
-			_, err := stream.Publish("results", []byte(job.result), nats.MsgId(job.id))
+			_, err := stream.Publish(queue+"-results", []byte(job.result), nats.MsgId(job.id))
 			if err != nil {
 				return err
 			}

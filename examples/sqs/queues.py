@@ -1,7 +1,8 @@
-"""Amazon SQS, or a server that speaks like it: `jobs`, `results`, and `jobs-failed`."""
+"""Amazon SQS, or a server that speaks like it: QUEUE, QUEUE-results, and QUEUE-failed."""
 
 import os
 import sys
+from functools import cache
 from typing import Any
 
 import boto3
@@ -12,10 +13,11 @@ def connect() -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     if not endpoint:
         sys.exit("AWS_ENDPOINT_URL is not set: the URL of your region's SQS")
-    # Said in so many words, as not every version reads the variable for SQS.
+    # Passed explicitly, as not every version reads the variable for SQS.
     return boto3.client("sqs", endpoint_url=endpoint)
 
 
+@cache
 def url_of(sqs: Any, name: str) -> str:
     return sqs.get_queue_url(QueueName=name)["QueueUrl"]
 

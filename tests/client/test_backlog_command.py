@@ -143,3 +143,18 @@ async def test_a_command_that_goes_wrong_holds_up_nothing_and_takes_no_memory(li
         assert command.errors == []
         await eventually(lambda: not processes_with(mark))
     assert vast.polls == polls
+
+
+async def test_a_command_that_stays_is_told_from_and_not_left(vast):
+    """--watch in the place of --backlog."""
+    mark = f"{os.getpid()}-{time.monotonic()}"
+    line = "echo 0 2; read nothing; sleep 0.5; echo 0 1; sleep 600"
+    environment = {"BACKLOG_OF_THE_TEST": mark}
+    arguments = ("--watch", line, "--max", "3")
+    async with Command(*arguments, vast=vast, environment=environment) as command:
+        await command.says("jobs: 0 waiting, 2 in hand")
+        await command.says("jobs: 0 waiting, 1 in hand")
+        command.process.send_signal(signal.SIGTERM)
+        assert await command.status() == 143
+    assert command.errors == []
+    await eventually(lambda: not processes_with(mark))

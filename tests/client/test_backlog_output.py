@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from null_backlog import Jobs, Progress
-from null_display import backlog_chart, backlog_line, bars
+from null_display import backlog_chart, backlog_line, backlog_rows, bars
 from tests.kit.command import Command
 from tests.kit.worker import WORKERS, release
 
@@ -85,7 +85,8 @@ async def test_on_a_pipe_it_is_one_line_for_each_change(vast, tmp_path):
         assert await command.status() == 143
     assert command.errors == []
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in command.lines)
-    lines = [line[9:] for line in command.lines]
+    *lines, last = [line[9:] for line in command.lines]
+    assert re.fullmatch(r"reserved in all: \d+\.\d GPU-minutes", last)
     expected = ["connecting"]
     expected += [
         f"jobs: 9 waiting, 0 in hand; 3 wanted, {held} reserved, {WORKERS - held} asked for"
@@ -105,6 +106,45 @@ async def test_on_a_pipe_it_is_one_line_for_each_change(vast, tmp_path):
     assert all(before != after for before, after in zip(workers, workers[1:], strict=False))
 
 
+TROUBLES = {"stuck": "stuck: no job moves", "vast": "vast: no answer"}
+
+
+@pytest.mark.parametrize(
+    ("progress", "rows"),
+    [
+        (Progress(), {"jobs": "not known", "wanted": "0", "reserved": "0", "asked for": "0"}),
+        (
+            Progress(Jobs(5, 2, 40), wanted=4, own=2, others=1, asked=1, reserved_seconds=110),
+            {
+                "jobs": "5 waiting, 2 in hand, 40 done",
+                "": None,
+                "wanted": "4",
+                "reserved": "3 (1 by others)",
+                "asked for": "1, waiting 1:05",
+                "workers": "3 reserved",
+                "so far": "2.2 GPU-minutes reserved",  # and two for 10 s since then
+            },
+        ),
+        (Progress(Jobs(0, 1)), {"": "1 job in hand has no worker"}),
+        (Progress(Jobs(0, 3)), {"": "3 jobs in hand have no worker"}),
+        (Progress(Jobs(0, 0), ends_in=31.2), {"ending": "in 21 s unless a job comes"}),
+        (Progress(Jobs(0, 0), ends_in=3), {"ending": "in 0 s unless a job comes"}),
+        (Progress(Jobs(1), reserved_seconds=9000), {"so far": "2.5 GPU-hours reserved"}),
+        (Progress(troubles=TROUBLES), {"stuck": "no job moves", "vast": "no answer"}),
+    ],
+)
+def test_the_rows_explain_themselves(progress, rows):
+    """As they are 10 s after they were told, and 65 s after something was asked for."""
+    shown = {name: text for name, text, _ in backlog_rows(progress, "3 reserved", 10, 65)}
+    assert {name: shown.get(name) for name in rows} == rows
+    assert ("ending" in shown) == (progress.ends_in is not None)
+
+
+def test_a_trouble_looks_different_from_the_rest():
+    styles = {name: style for name, _, style in backlog_rows(Progress(troubles=TROUBLES), "", 0, 0)}
+    assert styles["stuck"] == styles["vast"] != styles["jobs"] == styles["reserved"]
+
+
 @pytest.mark.parametrize("columns", [80, 40])
 async def test_a_terminal_shows_rows_and_at_the_end_the_chart(columns, vast, tmp_path):
     jobs = tmp_path / "jobs"
@@ -112,9 +152,10 @@ async def test_a_terminal_shows_rows_and_at_the_end_the_chart(columns, vast, tmp
     oh = "the server at 127.0.0.1:6379 doesn't answer, and says nothing about why"
     options = (
         *("--backlog", f"[ -s {jobs} ] || echo {oh!r} >&2; cat {jobs}", "--max", f"{WORKERS + 1}"),
-        *("--every", "0.3", "--settle", "0.1", "--once"),
+        *("--every", "0.3", "--settle", "2", "--once"),
     )
-    async with Command(*options, vast=vast, output=(columns, 40)) as command:
+    plain = {"NO_COLOR": "1"}
+    async with Command(*options, vast=vast, environment=plain, output=(columns, 40)) as command:
         for row in (
             r"jobs +5 waiting, 1 in hand",
             rf"wanted +{WORKERS + 1}",
@@ -124,13 +165,15 @@ async def test_a_terminal_shows_rows_and_at_the_end_the_chart(columns, vast, tmp
         ):
             assert await command.says(row), row
         jobs.write_text("")
-        assert await command.says("trouble +backlog: it printed")
+        assert await command.says("backlog +.*it printed")
         jobs.write_text("0 0")
         assert await command.says("asked for +0")
         for worker in vast.workers.values():
             await release(worker)
+        assert await command.says(r"ending +in \d s unless a job comes")
         assert await command.status() == 0
     lines = [ESCAPE.sub("", line) for line in command.lines]
+    assert re.search(r" reserved in all: \d+\.\d\s+GPU-minutes", "\n".join(lines[-2:]))
     assert max(len(part) for line in lines for part in line.split("\r")) <= columns
     text = "\n".join(lines)
     chart = text[text.rindex("jobs     ") :]

@@ -161,11 +161,28 @@ async def test_a_session_that_cannot_be_closed_is_told_with_the_time_until_when_
             start = time.monotonic()
         assert time.monotonic() - start < 5 and len(stub.times(END)) < 20
         assert await reservation.ended(timeout=0) is True
+    told_until(caplog, reservation.session_id, reservation.url)
+
+
+def told_until(caplog, session_id, url):
+    """The log says of a session with 60 s to live until when it stays."""
     (record,) = caplog.records
-    until = re.search(r"until (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)$", record.getMessage())
+    text = record.getMessage()
+    until = re.search(r"until (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)$", text)
     left = time.mktime(time.strptime(until[1], "%Y-%m-%d %H:%M:%S")) - time.time()
-    assert reservation.session_id in record.getMessage() and reservation.url in record.getMessage()
-    assert 50 <= left <= 66
+    assert f"session={session_id}:" in text and url in text
+    assert 30 <= left <= 66
+
+
+async def test_so_is_one_whose_opening_was_cancelled(caplog):
+    async with stubbed() as (stub, endpoint):
+        stub.fate = lambda route, _: {CREATE: 0.5, END: (503, {"error": "busy"})}.get(route)
+        opening = asyncio.create_task(reserve(endpoint, lifetime=60).__aenter__())
+        (session,) = await eventually(stub.left)
+        opening.cancel()
+        await asyncio.wait({opening})
+        assert opening.cancelled() and stub.left() == [session]
+    told_until(caplog, session.name, stub.url)
 
 
 async def test_only_so_many_are_closed_at_a_time_and_none_is_left(caplog, monkeypatch):

@@ -1,33 +1,47 @@
 """The arguments of the command, and the account that it uses."""
 
 import re
-import shutil
-import sys
 
 import pytest
 
 import null_client
 from tests.kit.command import Command
-from tests.kit.environment import BARE, HERE, run
 
 pytestmark = pytest.mark.anyio
 
 
-def test_the_command_has_the_defaults_of_its_help(monkeypatch):
+PLACE = {"instance": "prod", "local": True, "debug": False}
+EACH = {"cost": 100, "lifetime": 120}
+SINGLE = {"mode": "single", "hold": 180, "wait": 1800}
+DEMO = {"mode": "demo", "demo": True, "count": 3, "interval": 30, "plateau": 300, "wait": 1800}
+BACKLOG = {
+    "mode": "backlog",
+    "max": 7,
+    "jobs_per_worker": 1,
+    "every": 5,
+    "settle": 30,
+    "once": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], SINGLE),
+        (["--demo"], DEMO),
+        (["--backlog", "count", "--max", "7"], BACKLOG | {"backlog": "count"}),
+        (["--watch", "count", "--max", "7"], BACKLOG | {"watch": "count"}),
+    ],
+)
+def test_each_mode_has_the_defaults_of_the_contract(arguments, expected, monkeypatch):
     for name in ("VAST_ENDPOINT", "VAST_INSTANCE"):
         monkeypatch.delenv(name, raising=False)
-    expected = {
-        "endpoint": None,
-        "instance": "prod",
-        "local": True,
-        "demo": False,
-        "hold": 180,
-        "interval": 30,
-    }
-    expected |= {"plateau": 300, "count": 3, "cost": 100, "lifetime": 120, "wait": 1800}
-    expected |= {"backlog": None, "max": None, "jobs_per_worker": 1, "once": False}
-    expected |= {"every": 5, "settle": 30}
-    assert vars(null_client.parse_arguments(["--local"])) == expected
+    args = null_client.parse_arguments(["--local", *arguments])
+    heeded = {name: value for name, value in vars(args).items() if value is not None}
+    assert heeded == PLACE | EACH | expected
+
+
+def test_the_endpoint_and_the_instance_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("VAST_ENDPOINT", "mine")
     monkeypatch.setenv("VAST_INSTANCE", "alpha")
     args = null_client.parse_arguments([])
@@ -52,7 +66,16 @@ def test_the_command_has_the_defaults_of_its_help(monkeypatch):
         (["--local", "--wait=-inf"], "argument --wait: -inf is not within"),
         (["--local", "--backlog", "echo 1"], "argument --max: needed with --backlog"),
         (["--local", "--backlog", "echo 1", "--max", "0"], "argument --max: 0 is not within"),
-        (["--local", "--backlog", "echo 1", "--demo"], "not allowed with argument"),
+        (["--local", "--backlog", "echo 1", "--demo"], "argument --backlog: not with --demo"),
+        (
+            ["--local", "--backlog", "x", "--watch", "x", "--max", "1"],
+            "argument --watch: not with --backlog",
+        ),
+        (
+            ["--local", "--watch", "x", "--max", "1", "--hold", "5"],
+            "argument --hold: not with --watch",
+        ),
+        (["--local", "--watch", "echo 1"], "argument --max: needed with --backlog"),
         (["--local", "--every", "0"], "argument --every: 0 is not within"),
         (["--local", "--settle=-1"], "argument --settle: -1 is not within"),
         (["--local", "--jobs-per-worker", "1.5"], "argument --jobs-per-worker: '1.5' is not a"),
@@ -70,39 +93,33 @@ def test_the_command_has_the_defaults_of_its_help(monkeypatch):
         ),
     ],
 )
-def test_bad_arguments_are_refused_by_name(arguments, message, capsys, monkeypatch):
+def test_bad_arguments_are_refused_by_name_in_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.delenv("VAST_ENDPOINT", raising=False)
-    with pytest.raises(SystemExit) as exit:
-        null_client.main(arguments)
-    assert exit.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert null_client.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"null_client: {message}")
 
 
-def test_every_number_of_the_command_is_checked(capsys):
-    defaults = vars(null_client.parse_arguments(["--local"]))
-    named = [name for name, value in defaults.items() if type(value) in (int, float)]
-    assert len(named) > 8
-    for name in named:
-        flag = f"--{name.replace('_', '-')}"
-        for value in ("much", "nan", "-1"):
-            with pytest.raises(SystemExit):
-                null_client.parse_arguments(["--local", f"{flag}={value}"])
-            said = capsys.readouterr().err.splitlines()[-1]
-            assert re.search(rf"argument {flag}: '?{value}'? is not", said), said
+NUMBERS = [
+    action.option_strings[0]
+    for action in null_client.parser_of("null_client.py")._actions
+    if action.metavar in ("N", "S")
+]
 
 
-def test_a_client_that_was_copied_alone_says_what_its_stand_in_needs(tmp_path):
-    for name in ("client", "reservation", "rule", "backlog", "count", "display"):
-        shutil.copy(HERE / f"null_{name}.py", tmp_path)
-    done = run([sys.executable, tmp_path / "null_client.py", "--local"], BARE)
-    assert (done.returncode, done.stdout.count("\n"), done.stderr.count("\n")) == (2, 1, 1)
-    assert done.stderr.startswith("null_client: --local needs null_local.py beside this file: ")
+@pytest.mark.parametrize("flag", NUMBERS)
+def test_every_number_of_the_command_is_checked(flag):
+    for value in ("much", "nan", "-1"):
+        with pytest.raises(null_client.UsageError) as refused:
+            null_client.parse_arguments(["--local", f"{flag}={value}"])
+        assert re.match(rf"argument {flag}: '?{value}'? is not", str(refused.value))
 
 
-def test_a_command_that_was_copied_alone_says_what_it_needs(tmp_path):
-    shutil.copy(HERE / "null_client.py", tmp_path)
-    done = run([sys.executable, tmp_path / "null_client.py", "--local"], BARE)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "null_client: null_backlog.py is missing beside this file\n"
+def test_the_numbers_are_all_there():
+    assert len(NUMBERS) == 11
+
+
+# The account that it uses
 
 
 async def test_without_an_api_key_one_line_says_both_ways_to_give_one():
@@ -128,3 +145,25 @@ async def test_a_wrong_api_key_is_one_line(vast):
         assert await command.status() == 1
     (line,) = command.errors
     assert line.startswith("null_client: ") and "401" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "saved"),
+    [
+        ("key\n", False),
+        (" key", False),
+        ("ke\ty", False),
+        ("k\u00e9y", False),
+        ("k\u00e9y", True),
+    ],
+)
+async def test_a_key_that_no_header_can_hold_is_named_and_not_shown(key, saved, tmp_path):
+    (tmp_path / "vastai").mkdir()
+    (tmp_path / "vastai" / "vast_api_key").write_text(key)
+    environment = {"XDG_CONFIG_HOME": str(tmp_path), "VAST_INSTANCE": "local"}
+    environment["VAST_API_KEY"] = "" if saved else key
+    async with Command("--endpoint", "x", environment=environment) as command:
+        assert await command.status() == 2
+    source = "`vastai set api-key KEY`" if saved else "VAST_API_KEY"
+    what = "a space, a newline or a character that is not ASCII"
+    assert command.errors == [f"null_client: {source}: the key has {what} in it"]

@@ -41,15 +41,15 @@ def ended_row(asked_at, held_at, ended_at, how="released"):
         (
             [
                 ("#1", ended_row(0, 2, 8)),
-                ("#2", ended_row(2, 4, 10)),
+                ("#2", ended_row(2, 4, 10, "lost")),
                 ("#3", ended_row(4, None, 10, "not reserved")),
             ],
             [(0, 0), (1, 1), (4, 12), (10, 0)],
             [
                 "         0 s             10 s  . waiting  = held",
-                "#1       ....============      2 s, 6 s, released",
-                "#2           ....============  2 s, 6 s, released",
-                "#3               ............  6 s, 0 s, not reserved",
+                "#1       ....============      waited 2 s, held 6 s, released",
+                "#2           ....===========x  waited 2 s, held 6 s, lost",
+                "#3               ...........x  waited 6 s, not reserved",
                 "workers  00111111+++++++++++0",
             ],
         ),
@@ -58,7 +58,7 @@ def ended_row(asked_at, held_at, ended_at, how="released"):
             [],
             [
                 "         0 s              0 s  . waiting  = held",
-                f"#1       {'':20}  0 s, 0 s, released",
+                f"#1       {'':20}  waited 0 s, held 0 s, released",
             ],
         ),
         (  # the watch over the workers goes on after the last one
@@ -66,20 +66,20 @@ def ended_row(asked_at, held_at, ended_at, how="released"):
             [(0, 1), (10, 0)],
             [
                 "         0 s             10 s  . waiting  = held",
-                f"#1       {'=' * 10:20}  0 s, 5 s, released",
+                f"#1       {'=' * 10:20}  waited 0 s, held 5 s, released",
                 "workers  11111111111111111110",
             ],
         ),
     ],
 )
 def test_the_chart(rows, workers, lines):
-    assert null_display.chart(rows, workers, width=20) == lines
+    assert [line.plain for line in null_display.chart(rows, workers, width=20)] == lines
 
 
 class Gauge:
     """What a row shows of a reservation."""
 
-    url, unreachable, time_to_live = "http://w", False, 7.0
+    url, unreachable, time_to_live = "https://w:1", False, 7.0
 
 
 class Lost(Gauge):
@@ -92,16 +92,16 @@ class Lost(Gauge):
         (None, "planned", "", "", ""),
         (null_display.Waiting(40.0), "waiting", "1:00", "", ""),
         (null_display.Waiting(99.5, "HTTP 502"), "waiting", "0:00", "", "HTTP 502"),
-        (null_display.Held(0.0, 40.0, Gauge()), "held", "1:00", "until all are held", "http://w"),
+        (null_display.Held(0.0, 40.0, Gauge()), "held", "1:00", "until all are held", "on w:1"),
         (
             null_display.Held(0.0, 40.0, Gauge(), math.inf),
             "held",
             "1:00",
             "until released",
-            "http://w",
+            "on w:1",
         ),
-        (null_display.Held(0.0, 40.0, Gauge(), 140.0), "held", "1:00", (60, 100), "http://w"),
-        (null_display.Held(0.0, 40.0, Gauge(), 90.0), "held", "1:00", (50, 50), "http://w"),
+        (null_display.Held(0.0, 40.0, Gauge(), 140.0), "held", "1:00", (60, 100), "on w:1"),
+        (null_display.Held(0.0, 40.0, Gauge(), 90.0), "held", "1:00", (50, 50), "on w:1"),
         (
             null_display.Held(0.0, 99.0, Lost()),
             "held",
@@ -120,19 +120,28 @@ class Lost(Gauge):
     ],
 )
 def test_a_row_of_every_state_can_be_drawn(state, label, clock, bar, detail):
-    *columns, last, text = null_display.describe(state, now=100.0)
+    word, time, last, text = null_display.describe(state, now=100.0)
     shown = last if isinstance(last, str) else (last.completed, last.total)
-    assert (columns, shown, text.plain) == ([label, clock], bar, detail)
+    assert (word.plain, time, shown, text.plain) == (label, clock, bar, detail)
+
+
+def test_a_failure_has_a_colour_and_a_word_of_its_own():
+    def shown(how):
+        word, *_ = null_display.describe(ended_row(0, 1, 2, how), now=3.0)
+        return word.plain, str(word.style)
+
+    good, bad = shown("released"), [shown("lost"), shown("not reserved")]
+    assert all(each[0] != good[0] and each[1] != good[1] for each in bad)
 
 
 async def test_on_a_terminal_there_are_rows_with_bars_and_the_workers(small_vast):
     arguments = ("--demo", "--count", "2", "--interval", "0.5", "--plateau", "2")
     async with Command(*arguments, vast=small_vast, output=(100, 20)) as command:
         assert await command.status() == 0
-    screen = "\n".join(command.lines)
+    screen = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(command.lines))  # without the colours
     for pattern in (
         "#1 +waiting +0:0",
-        r"#2 +held +0:0\d +\S*━\S* +http://127",
+        r"#2 +held +0:0\d +\S*━\S* +on 127\.0\.0\.1:\d+",
         r"workers: 2 reserved",
         "workers: none",
     ):

@@ -39,6 +39,7 @@ def test_nothing_is_wrong(vast):
     assert search["gpu_ram"] == {"gte": 24000.0}
     assert search["machine_id"] == {"notin": ["5"]}
     assert search["allocated_storage"] == 40
+    assert "external" not in search  # as the SDK would add by itself
 
 
 def test_a_key_that_is_refused(vast):

@@ -129,6 +129,15 @@ def test_what_the_workers_cost(vast):
     )
 
 
+def test_more_workers_than_one_page_of_instances_has(vast):
+    vast.endpoint["max_workers"] = 50
+    for number in range(30):
+        vast.add_worker(number, "stopped")
+    said = show(found(vast))
+    assert any("30 not running" in line for line in said)
+    assert vast.asked.count(("GET", "/api/v1/instances/")) == 2
+
+
 def test_no_offer_because_of_one_condition(vast):
     vast.offers = 0
     vast.short = {"dph_total": 31, "gpu_name": 2}
@@ -173,8 +182,9 @@ def test_a_search_as_a_person_typed_it(vast):
         ),
     ],
 )
-def test_a_question_without_an_answer(vast, path, status, answer, said):
+def test_a_question_without_an_answer(vast, monkeypatch, path, status, answer, said):
     """It is told, the others are asked all the same, and that alone is not called wrong."""
+    monkeypatch.setattr(null_diagnose, "RATE_PAUSE", None)  # none of these is asked again later
     with ports() as (open_port, _):
         vast.add_worker(11, port=open_port)
         vast.endpoint["endpoint_state"] = "suspended"

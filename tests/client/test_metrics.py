@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import urllib.request
 
 import pytest
@@ -195,8 +196,9 @@ async def test_metrics_of_a_backlog(vast):
 
 
 @pytest.mark.anyio
-async def test_metrics_of_consumers_that_are_broken():
+async def test_metrics_of_consumers_that_are_broken(tmp_path, monkeypatch):
     """Three workers, each of which lets go at once, and no job moves."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what a failed consumer wrote is kept
 
     async def backlog():
         return 12, 0

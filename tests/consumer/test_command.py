@@ -139,9 +139,10 @@ async def test_the_next_one_is_kept_while_a_release_takes_long(vast, worker, tmp
         callbacks.let_go.set()
 
 
-async def test_copied_alone_and_without_standard_streams_it_works(vast, worker, tmp_path):
+async def test_copied_with_its_guard_and_without_standard_streams_it_works(vast, worker, tmp_path):
     copy = tmp_path / "copy.py"
     copy.write_bytes(SCRIPT.read_bytes())
+    (tmp_path / "null_guard.py").write_bytes(SCRIPT.with_name("null_guard.py").read_bytes())
     closing = ("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh")
     line = "cat; echo noise; echo noise >&2; echo $NULL_SESSION_ID > id"
     async with consumer(worker, tmp_path, command=line, script=copy, under=closing) as running:

@@ -1,22 +1,24 @@
 """What null_consumer.py decides, apart from processes and requests."""
 
 import re
+import signal
 
 import pytest
 
 from null_consumer import (
     Failures,
+    Jobs,
     Progress,
     Settings,
     SettingsError,
     Verdict,
-    describe_failure,
     environment_of_command,
+    gives_back,
     parse_answer,
-    parse_waiting,
+    parse_jobs,
     target_for,
-    to_ask,
 )
+from null_guard import describe_failure
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,11 @@ from null_consumer import (
         ({"NULL_CONTROL_PORT": "0"}, "NULL_CONTROL_PORT is '0', should be a port, 1-65535"),
         ({"NULL_CONTROL_PORT": "65536"}, "NULL_CONTROL_PORT is '65536', should be a port"),
         ({"NULL_GRACE": "1", "--grace": "x"}, "--grace is 'x', should be a number of seconds"),
+        (
+            {"NULL_STOP_SIGNAL": "KILL"},
+            "NULL_STOP_SIGNAL is 'KILL', should be one of TERM, INT, QUIT, HUP, USR1, USR2",
+        ),
+        ({"--stop-signal": "9"}, "--stop-signal is '9', should be one of TERM, INT"),
         ({"--broken-after": ""}, "--broken-after is '', should be a number of seconds"),
     ],
 )
@@ -50,7 +57,11 @@ def test_a_bad_setting_is_named_with_its_value_and_what_it_should_be(environment
 
 
 def test_good_settings_are_taken_and_flags_go_before_variables():
-    assert Settings.from_environment({}) == Settings(18999, 30.0, None, False, 600.0)
+    assert Settings.from_environment({}) == Settings(
+        18999, 30.0, None, False, 600.0, signal.SIGTERM
+    )
+    for name in ("INT", "int", "SIGINT"):
+        assert Settings.from_environment({"NULL_STOP_SIGNAL": name}).stop_signal == signal.SIGINT
     empty = {"NULL_GRACE": "", "NULL_EMPTY": "", "NULL_RESIDENT": "", "NULL_BROKEN_AFTER": ""}
     assert Settings.from_environment(empty) == Settings()
     environment = {"NULL_GRACE": "0", "NULL_EMPTY": "echo 1", "NULL_BROKEN_AFTER": "2.5"}
@@ -62,24 +73,6 @@ def test_good_settings_are_taken_and_flags_go_before_variables():
     assert Settings.from_environment({"NULL_RESIDENT": "True"}).resident
     assert Settings.from_environment({"NULL_RESIDENT": "0"}, {"--resident": "true"}).resident
     assert not Settings.from_environment({"NULL_RESIDENT": "off"}).resident
-
-
-@pytest.mark.parametrize(
-    ("command", "children", "asked", "now"),
-    [
-        (1, {1: False}, [], [1]),  # COMMAND's own process
-        (1, {1: False}, [1], []),  # once
-        (1, {1: True}, [], [1]),  # its own standard input doesn't matter
-        (1, {1: False, 2: False}, [], [1]),  # what it has left behind: not while it lives
-        (None, {2: False, 3: False}, [], [2, 3]),
-        (None, {2: False, 3: False}, [2], [3]),  # one that has become an orphan later
-        (None, {2: False, 3: True}, [], [2]),  # consumer | tee
-        (None, {3: True}, [], []),  # tee, which writes down the last lines
-        (None, {}, [2], []),
-    ],
-)
-def test_who_is_asked_to_end(command, children, asked, now):
-    assert to_ask(command, children, asked) == now
 
 
 @pytest.mark.parametrize(
@@ -128,25 +121,41 @@ def test_what_comes_after_runs_that_ended_with_0(waiting, verdicts):
 
 
 @pytest.mark.parametrize(
-    ("output", "waiting"),
+    ("output", "jobs"),
     [
-        ("0\n", 0),
-        ("12", 12),
-        ("3 4\n", 3),
-        ("0\n5\n", 0),
-        ("007", 7),
+        ("0\n", Jobs(0)),
+        ("12", Jobs(12)),
+        ("3 4\n", Jobs(3, 4)),
+        ("0\n5\n", Jobs(0, 5)),
+        ("0 5 100", Jobs(0, 5)),  # a third number is how many are done
+        ("007", Jobs(7)),
         ("", None),
         ("many", None),
         ("-3", None),
         ("1.5", None),
-        ("1 2 3", None),
+        ("1 2 3 4", None),
         ("3 jobs", None),
         ("٣", None),
         ("9" * 30, None),
     ],
 )
-def test_how_many_wait_by_what_is_printed(output, waiting):
-    assert parse_waiting(output) == waiting
+def test_how_many_wait_by_what_is_printed(output, jobs):
+    assert parse_jobs(output) == jobs
+
+
+@pytest.mark.parametrize(
+    ("asked_at", "after", "expected"),
+    [
+        (Jobs(0, 1), Jobs(1, 0), True),
+        (Jobs(0, 1), Jobs(0, 0), False),  # it has finished its job
+        (Jobs(0, 0), Jobs(1, 0), False),  # it had none
+        (Jobs(0), Jobs(1), False),  # nobody knows
+        (Jobs(2, 1), Jobs(3, 0), True),
+        (Jobs(2, 1), Jobs(2, 0), False),
+    ],
+)
+def test_whether_a_job_was_given_back(asked_at, after, expected):
+    assert gives_back(asked_at, after) == expected
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ async def test_a_look_that_fails_is_no_zero_and_told_once(vast, worker, tmp_path
     async with consumer(worker, tmp_path, *options, command=line, script=quick) as running:
         session_id = await create(vast, worker)
         await looked(tmp_path, 4)
-        for script in ("echo many", "echo", "echo -3", "echo 1 2 3", "sleep 60", "exec yes"):
+        for script in ("echo many", "echo", "echo -3", "echo 1 2 3 4", "sleep 60", "exec yes"):
             (tmp_path / "empty.sh").write_text(script)
             await looked(tmp_path, 3)
         (line,) = running.said("--empty")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import sys
 import time
 
 import pytest
@@ -155,6 +156,20 @@ async def test_a_signal_while_it_waits_for_a_reservation(vast, worker, tmp_path,
         session_id = await create(vast, worker)
         assert await held(worker, session_id)
         assert not running.printed("began")
+
+
+async def test_signals_that_its_parent_has_blocked_are_its_own(vast, worker, tmp_path):
+    changed = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+    changed += "signal.pthread_sigmask(signal.SIG_BLOCK, [1, 2, 15]); "
+    changed += "os.execv(sys.executable, sys.argv[1:])"
+    under = (sys.executable, "-c", changed)
+    line = "trap 'echo asked; exit 3' TERM; echo began; while :; do sleep 0.1; done"
+    async with consumer(worker, tmp_path, command=line, under=under) as running:
+        await create(vast, worker)
+        await running.until_printed("began")
+        running.signal()
+        assert await running.status() == 143
+        assert running.printed("asked") == 1 and not running.said("killed")
 
 
 async def test_a_signal_in_a_pause_releases_what_was_kept(vast, worker, tmp_path):

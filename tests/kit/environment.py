@@ -32,7 +32,13 @@ def installed(*needed):
     return pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
 
 
-def run(command, environment):
+def run(command, environment, folder=HERE):
     return subprocess.run(
-        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=60, check=False
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )

@@ -19,6 +19,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -101,23 +102,48 @@ class Example:
         assert done.returncode == 0, f"{executable}: {done.stderr}"
         return done.stdout.splitlines()
 
-    def put(self, count, what="1"):
+    def run_python(self, code):
+        """Run code in the example's folder, with the Python that its executables have."""
+        python = shutil.which("python3", path=self.environment["PATH"])
+        subprocess.run(
+            [python, "-c", code], cwd=self.folder, env=self.environment, timeout=60, check=True
+        )
+
+    def put(self, count, what="1", queue=None):
         """Put jobs in that take so many seconds, or `fail`, or `kill` their worker."""
-        self.ask("put", count, what)
+        named = ("--queue", queue) if queue else ()
+        self.ask("put", *named, count, what)
 
-    def results(self):
-        return self.ask("results")
+    def results(self, *queues):
+        return self.ask("results", *queues)
 
-    def backlog(self):
-        """The numbers that `backlog` prints: waiting and in hand, or one of both."""
-        (line,) = self.ask("backlog")
+    def outcomes(self, *queues):
+        """How many jobs were done, and how many went aside; none may be there twice."""
+        lines = [line.split() for line in self.results(*queues)]
+        assert len({line[0] for line in lines}) == len(lines), lines
+        ends = [line[1] for line in lines]
+        assert {*ends} <= {"done", "aside:"}, lines
+        return ends.count("done"), ends.count("aside:")
+
+    def backlog(self, *queues):
+        """The numbers that `backlog` prints: waiting, in hand, and how many are done or aside."""
+        (line,) = self.ask("backlog", *queues)
         return tuple(int(number) for number in line.split())
 
     @contextlib.contextmanager
-    def consumer(self):
+    def watch(self, *queues):
+        """`backlog --watch`, whose lines are read as they come; killed at the end."""
+        watch = Watch([self.folder / "backlog", "--watch", *queues], self.environment)
+        try:
+            yield watch
+        finally:
+            watch.close()
+
+    @contextlib.contextmanager
+    def consumer(self, *queues):
         """The consumer alone, as somebody would start it by hand; killed at the end."""
         process = subprocess.Popen(
-            [self.folder / "consumer"],
+            [self.folder / "consumer", *queues],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -148,9 +174,9 @@ class Example:
         return _wait_for(condition, timeout, lambda: True, lambda: self.name, pause=0.5)
 
     @contextlib.contextmanager
-    def command(self, folder, *options, **variables):
+    def command(self, folder, *options, queues=(), **variables):
         """The two lines of this example with `--local`; what it says goes to a file in `folder`."""
-        run = Run(self, folder, options, variables)
+        run = Run(self, folder, options, queues, variables)
         try:
             yield run
         finally:
@@ -159,20 +185,63 @@ class Example:
             self.kill()
 
 
+class Watch:
+    """`backlog --watch` in a process of its own."""
+
+    def __init__(self, command, environment):
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.append(tuple(int(number) for number in line.split()))
+
+    def says(self, *numbers, timeout=30.0):
+        """Wait until its latest line has these numbers; how many seconds that took."""
+        began_at = time.monotonic()
+        alive = lambda: self.process.poll() is None  # noqa: E731
+        condition = lambda: self.lines[-1:] == [numbers]  # noqa: E731
+        _wait_for(condition, timeout, alive, lambda: str(self.lines), pause=0.02)
+        return time.monotonic() - began_at
+
+    def ends(self, timeout=30.0):
+        """Wait for its end; its status, and what it wrote to standard error."""
+        status = self.process.wait(timeout)
+        return status, self.process.stderr.read()
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
 class Run:
     """`python null_client.py --local --backlog ...` in a process of its own."""
 
-    def __init__(self, example, folder, options, variables):
+    def __init__(self, example, folder, options, queues, variables):
         self.example = example
         self.log = folder / "command.log"
         self.most_workers = 0
         relative = f"examples/{example.name}"
-        command = [sys.executable, "null_client.py", "--local", "--backlog", f"{relative}/backlog"]
+        backlog = " ".join([f"{relative}/backlog", *queues])
+        consumer = " ".join([f"{relative}/consumer", *queues])
+        command = [sys.executable, "null_client.py", "--local", "--backlog", backlog]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, *options],
                 cwd=HERE,
-                env={**example.environment, "NULL_CONSUMER": f"{relative}/consumer", **variables},
+                env={**example.environment, "NULL_CONSUMER": consumer, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

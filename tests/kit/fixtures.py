@@ -13,6 +13,8 @@ from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import WORKERS, epitaph
 
+pytest_plugins = ["tests.kit.outside"]
+
 # Ignored in a run in the background, and so by all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -48,3 +48,21 @@ def marked(mark):
             else:
                 strangers.setdefault(pid, now)
     return found
+
+
+def listening_ports(pids):
+    """The TCP ports of this machine on which each process listens, by its pid."""
+    ports = {}
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(path).read_text().splitlines()[1:]:
+                _, local, _, state, *rest = line.split()
+                if state == "0A":
+                    ports[f"socket:[{rest[5]}]"] = int(local.rpartition(":")[2], 16)
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for name in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError, KeyError):
+                    found.setdefault(pid, []).append(ports[os.readlink(name)])
+    return found

@@ -6,18 +6,21 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from aiohttp import web
 
 import null_worker
+from tests.consumer.wrappers import words_of, write_consumer
 from tests.kit.alone import worker_alone
 from tests.kit.autoscaler import statuses
 from tests.kit.environment import BARE, HERE, ON_VAST, run
 from tests.kit.http import server
 from tests.kit.waiting import eventually
-from tests.kit.worker import create, drained, driver, fresh, killed, release, until
+from tests.kit.worker import create, drained, driver, fresh, killed, lease, release, until
 
 pytestmark = pytest.mark.anyio
 
@@ -79,6 +82,22 @@ async def test_a_drain_ends_the_command_and_only_then_the_session(vast, tmp_path
     assert seconds < longest and "not done" not in worker.log.read_text()
 
 
+async def test_on_a_drain_who_may_have_been_told_is_asked_after_two_seconds(tmp_path):
+    write_consumer(tmp_path, 0.5, None)
+    seconds = []
+    line = "trap 'exit 0' TERM; ./consumer & wait"  # it catches the signal, and tells nobody
+    async with worker_alone(tmp_path, NULL_CONSUMER=line) as worker:
+        await eventually(worker.reserve)
+        await eventually(lambda: words_of(tmp_path))
+        asked_at = time.monotonic()
+        told = asyncio.create_task(eventually(lambda: "told" in str(words_of(tmp_path))))
+        told.add_done_callback(lambda _: seconds.append(time.monotonic() - asked_at))
+        # At its end the worker is drained.
+    await told
+    assert 1.5 < seconds[0] < 4
+    assert words_of(tmp_path)[-1][0] == "done"
+
+
 async def test_it_ends_when_the_worker_is_killed(vast, tmp_path):
     command = Command(tmp_path, "trap '' TERM;")
     worker = await fresh(vast, {"NULL_CONSUMER": command.line, "NULL_GRACE": "1"})
@@ -98,22 +117,70 @@ async def test_it_is_started_again_when_it_ends(vast, tmp_path):
     await until(worker, lambda: child_of(worker) not in (None, first))
     await create(vast, worker)
     await until(worker, command.is_running)
-    assert f"null_consumer.py ended with status -{signal.SIGKILL}" in worker.log.read_text()
+    assert f"null_consumer.py ended with status -{signal.SIGKILL}; " in worker.log.read_text()
     assert (await drained(worker))[0] == 0
     assert not command.is_running()
 
 
-async def test_one_that_cannot_run_is_started_ever_more_seldom_and_holds_up_nothing(vast, tmp_path):
-    script, starts = tmp_path / "ends_at_once.py", tmp_path / "starts"
-    script.write_text(f"open({str(starts)!r}, 'a').write('x')")
-    changed = f"null_worker.CONSUMER_SCRIPT = null_worker.Path({str(script)!r})"
-    worker = await fresh(vast, {"NULL_CONSUMER": "true"}, script=driver(tmp_path, changed))
-    await until(worker, lambda: "started again in 4 s" in worker.log.read_text())
-    assert starts.read_text() == "xxx"
-    session_id = await create(vast, worker)
-    assert (await release(worker, session_id))[1]["released"]
-    status, seconds = await drained(worker)  # in the pause
-    assert status == 0 and seconds < 5
+async def test_what_it_and_its_guard_had_started_is_ended_when_both_are_killed(vast, tmp_path):
+    command = Command(tmp_path, "trap '' TERM; (setsid sleep 70 &);")
+    environment = {"NULL_CONSUMER": command.line, "NULL_GRACE": "2"}
+    worker = await fresh(vast, environment)
+    session_id = await create(vast, worker, lifetime=2)
+    await until(worker, command.is_running)
+    (first,) = command.runs()
+    family = psutil.Process(child_of(worker)).children(recursive=True)
+    (guard,) = psutil.Process(child_of(worker)).children()
+    for pid in (guard.pid, child_of(worker)):
+        os.kill(pid, signal.SIGKILL)
+    while len(command.runs()) == 1:
+        assert (await lease(worker))["session_id"] == session_id  # kept meanwhile
+        await asyncio.sleep(0.1)
+    assert command.runs()[0] == first
+    left = [each for each in family if each.is_running() and each.status() != "zombie"]
+    assert not left
+    assert "null_consumer.py has left behind, and that is ended: " in worker.log.read_text()
+    assert (await drained(worker))[0] == 0
+    assert not command.is_running()
+
+
+def in_place_of_the_script(folder, *lines):
+    """A worker's script, and a program that it runs in the place of null_consumer.py."""
+    program = folder / "instead.py"
+    program.write_text("\n".join(lines))
+    return driver(folder, f"import null_consumer; null_consumer.__file__ = {str(program)!r}")
+
+
+@pytest.mark.parametrize(("status", "starts"), [(2, 1), (1, 3)])
+async def test_one_that_cannot_run_here_is_the_workers_error(vast, tmp_path, status, starts):
+    script = in_place_of_the_script(
+        tmp_path,
+        "import sys",
+        f"open({str(tmp_path / 'starts')!r}, 'a').write('x')",
+        "print('first line', file=sys.stderr)",
+        "print('no such flag: --worker-pipe', file=sys.stderr)",
+        f"sys.exit({status})",
+    )
+    worker = vast.start_worker({"NULL_CONSUMER": "true"}, script=script)
+    await until(worker, lambda: worker.report.get("error_msg"))
+    why = f"it ended with status {status}: no such flag: --worker-pipe"
+    assert worker.report["error_msg"] == f"null_consumer.py can't be run here: {why}"
+    assert (tmp_path / "starts").read_text() == "x" * starts
+    assert "first line" in worker.log.read_text()
+    await eventually(lambda: worker.number not in vast.workers)
+
+
+async def test_one_that_breaks_later_leaves_its_last_words(vast, tmp_path):
+    script = in_place_of_the_script(
+        tmp_path,
+        f"import sys; sys.path.append({str(HERE)!r}); import null_consumer",
+        "null_consumer.Consumer.run = lambda self: 1 / 0",
+        "sys.exit(null_consumer.main())",
+    )
+    worker = vast.start_worker({"NULL_CONSUMER": "true"}, script=script)
+    await until(worker, lambda: worker.report.get("error_msg"))
+    assert worker.report["error_msg"].endswith("status 1: ZeroDivisionError: division by zero")
+    await eventually(lambda: worker.number not in vast.workers)
 
 
 async def test_its_command_is_not_in_the_virtual_environment_of_the_worker(tmp_path):
@@ -157,6 +224,7 @@ def test_what_is_left_of_the_environment(monkeypatch, prefix, env, expected):
     [
         ({"NULL_CONSUMER": " "}, "NULL_CONSUMER is ' ', should be a shell line"),
         ({"NULL_CONSUMER": "x", "NULL_GRACE": "soon"}, "NULL_GRACE is 'soon', should be a number"),
+        ({"NULL_CONSUMER": "x", "NULL_STOP_SIGNAL": "9"}, "NULL_STOP_SIGNAL is '9', should be one"),
         ({"NULL_CONSUMER": "x", "NULL_RESIDENT": "2"}, "NULL_RESIDENT is '2', should be true"),
     ],
 )
@@ -166,12 +234,18 @@ def test_a_bad_setting_of_the_consumer_is_one_of_the_worker(change, line):
     assert done.stderr.startswith(f"null_worker: {line}") and done.stderr.count("\n") == 1
 
 
-def test_a_worker_that_was_copied_alone_says_so_and_needs_no_setting_of_the_consumer(tmp_path):
-    shutil.copy(HERE / "null_worker.py", tmp_path)
+@pytest.mark.parametrize("lacks", ["null_consumer.py", "null_guard.py"])
+def test_a_worker_that_was_copied_without_what_it_needs_says_so(tmp_path, lacks):
+    for name in {"null_worker.py", "null_consumer.py", "null_guard.py"} - {lacks}:
+        shutil.copy(HERE / name, tmp_path)
     command = [sys.executable, tmp_path / "null_worker.py"]
     done = run(command, BARE | ON_VAST | {"NULL_CONSUMER": "rq worker"})
-    beside = tmp_path / "null_consumer.py"
+    beside = tmp_path / lacks
     line = f"null_worker: NULL_CONSUMER is 'rq worker', should be unset where there is no {beside}"
     assert (done.returncode, done.stderr) == (2, f"{line}\n")
-    done = run(command, BARE | {"NULL_GRACE": "soon"})
+
+
+def test_a_worker_that_was_copied_alone_needs_no_setting_of_the_consumer(tmp_path):
+    shutil.copy(HERE / "null_worker.py", tmp_path)
+    done = run([sys.executable, tmp_path / "null_worker.py"], BARE | {"NULL_GRACE": "soon"})
     assert "not a Vast Serverless instance" in done.stderr

@@ -1,8 +1,9 @@
 """The client under the name that Vast's examples use: python -m workers.null.client"""
 
-import sys
+import os
+import runpy
 
-from null_client import main
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runpy.run_path(os.path.join(ROOT, "null_client.py"), run_name="__main__")

@@ -1,0 +1,79 @@
+"""After the last test, from outside: no process, port or folder of the suite is left.
+
+All temporary files of a run are in one folder, which also is in the environment of all that the run
+starts. So the processes of this run are told from those of another, and from anybody else's.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.kit.environment import HERE
+from tests.kit.processes import listening_ports, marked
+
+GRACE = 15.0  # seconds for what is ending: workers wait for their drain
+# What may be made anew beside the project's files.
+MADE = ("__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".venv")
+MADE += ("node_modules", "build")
+
+
+class Outside:
+    """What was there before the run, for the process that all others are started by."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="nt-")  # short: sockets are made in it
+        os.environ["TMPDIR"] = tempfile.tempdir = self.folder
+        self.files = project_files()
+
+    def left(self):
+        """What is left, a line each."""
+        processes, ports = {}, {}
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline:
+            processes = {
+                pid: name for pid, name in marked(self.folder).items() if pid != os.getpid()
+            }
+            ports = listening_ports(processes)
+            if not processes:
+                break
+            time.sleep(0.1)
+        lines = [f"process {pid} {name}, ports {ports.get(pid)}" for pid, name in processes.items()]
+        folders = {path.name for path in Path(self.folder).iterdir()}
+        lines += [f"{self.folder}/{name}" for name in folders if not name.startswith("pytest-of-")]
+        return lines + sorted(project_files() - self.files)
+
+    def end(self):
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def project_files():
+    """The files of the project, without those that may be made anew."""
+    found = set()
+    for folder, folders, files in os.walk(HERE):
+        folders[:] = [name for name in folders if name not in MADE]
+        found.update(os.path.join(folder, name) for name in files)
+    return found
+
+
+outside = None if "PYTEST_XDIST_WORKER" in os.environ else Outside()
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """Last of all, when the processes that ran the tests have ended."""
+    yield
+    if outside is None:
+        return
+    left = outside.left()
+    if left:
+        session.exitstatus = session.exitstatus or 1
+        print("\nThe suite has left:", *left, sep="\n  ")
+    elif session.exitstatus == 0:
+        outside.end()
+    else:
+        print(f"\ntemporary files: {outside.folder}")
