@@ -77,21 +77,6 @@ def test_each_page_is_linked_from_the_readme():
 
 # Flags
 
-# On the pages already, and on its way into the code. Take out what has come.
-COMING = {"--diagnose", "--metrics", "--stop-signal"}
-COMING_SETTINGS = {"NULL_STOP_SIGNAL"}
-COMING_LINES = {
-    "/var/log/portal/provisioning.log",
-    "NULL_EMPTY changes nothing now: ...",
-    "SIGTERM: asking the consumer to end",
-    "argument --once: only with --backlog",
-    "killed, for it had not ended in its time: ...",
-    "no time is left: the consumer is killed now",
-    "the consumer gives its job back when it is asked to end: ...",
-    "the consumer has ended, and what it has started goes on: ...",
-    "the consumer was asked to end 60 s ago and goes on: ...",
-}
-
 
 @functools.cache
 def options(*command):
@@ -128,7 +113,7 @@ def flags_of_table(heading):
 def test_the_flags_of_null_client_are_those_of_the_page():
     of_command = options("null_client.py")
     of_page = flags_of_table("Command line: `null_client.py`")
-    assert set(of_page) - COMING == set(of_command) - COMING
+    assert set(of_page) == set(of_command)
     for flag, text in of_command.items():
         default = re.search(r"default: ([^)]+)", text)
         if default:
@@ -138,13 +123,13 @@ def test_the_flags_of_null_client_are_those_of_the_page():
 def test_the_flags_of_null_consumer_are_those_of_the_page():
     of_command = options("null_consumer.py")
     of_page = flags_of_table("Command line: `null_consumer.py`")
-    assert set(of_page) - COMING == set(of_command) - COMING - {"--help"}
+    assert set(of_page) == set(of_command) - {"--help"}
     for flag, (variable, _) in of_page.items():
         assert variable.strip("`").partition("=")[0] == "NULL_" + flag[2:].upper().replace("-", "_")
 
 
 def test_flags_in_running_text_are_there():
-    known = {*options("null_client.py"), *options("null_consumer.py"), *COMING}
+    known = {*options("null_client.py"), *options("null_consumer.py")}
     for page, text in PAGES.items():
         for call in commands(text, "null_client.py"):
             named = {word.partition("=")[0].strip("`)") for word in call if word[:2] == "--"}
@@ -171,7 +156,7 @@ def settings_table():
 
 
 def test_the_settings_of_the_code_are_those_of_the_page():
-    assert settings_of_code() | COMING_SETTINGS == set(settings_table())
+    assert settings_of_code() == set(settings_table())
 
 
 def test_the_defaults_of_the_settings_are_those_of_the_page():
@@ -190,7 +175,7 @@ def test_the_defaults_of_the_settings_are_those_of_the_page():
 
 
 def test_settings_in_running_text_are_read_somewhere():
-    read = settings_of_code() | COMING_SETTINGS
+    read = settings_of_code()
     for path in HERE.glob("examples/*/*"):
         if path.is_file() and path.suffix != ".svg":
             read.update(SETTING.findall(path.read_text(errors="replace")))
@@ -241,7 +226,6 @@ LINES = [
     ]
     for row in rows(section(page, heading))
     for line in re.findall(r"`([^`]+)`", row[0])
-    if line not in COMING_LINES
 ]
 TEXTS = [text for path in CODE for text in strings(path)]
 

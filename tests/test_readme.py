@@ -17,7 +17,6 @@ from tests.kit.example import PATH
 from tests.kit.pages import PAGES, block_with, blocks, commands, section, tables
 from tests.kit.waiting import eventually
 from tests.kit.worker import create, is_free, lease, release
-from tests.test_docs import COMING
 
 pytestmark = pytest.mark.anyio
 
@@ -125,7 +124,7 @@ CALLS = {
     tuple(words)
     for block in BLOCKS
     for words in commands(block.text, "null_client.py")
-    if "--local" not in words and not COMING & set(words)
+    if "--local" not in words
 }
 
 
