@@ -196,6 +196,7 @@ async def test_its_curl_lines_show_renew_and_release(vast, worker):
     assert released == f'{{"released": true, "session_ids": ["{session_id}"]}}'
 
 
+@pytest.mark.starts  # the SDK reads VAST_API_KEY when it is imported
 async def test_its_dispatcher_holds_until_the_consumer_has_released(vast):
     block = block_with("await worker.ended()")
     imports, serverless = (
