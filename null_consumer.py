@@ -598,7 +598,7 @@ class Waiting:
             self.zeros = 0 if jobs.waiting else self.zeros + 1
             self.idle = 0 if jobs.waiting or jobs.in_hand else self.idle + 1
         if problem and not self._problem_told:
-            say(f"--empty's COMMAND changes nothing now: {problem}")
+            say(f"NULL_EMPTY changes nothing now: {problem}")
         self._problem_told = bool(problem)
 
 
@@ -623,7 +623,8 @@ class Reminder:
         self.due = now + EMPTY_EVERY
         names = self._run.names()
         if jobs and not jobs.in_hand and names:  # else it may be at work
-            say(f"COMMAND was asked to end {now - self._asked_at:.0f} s ago and goes on: {names}")
+            ago = f"{now - self._asked_at:.0f} s ago"
+            say(f"the consumer was asked to end {ago} and goes on: {names}")
             self.due = now + GOES_ON_EVERY
 
 
@@ -692,10 +693,10 @@ class Stop:
             self._first_signal_at = now
             self.now = True
             self.status = 128 + number
-            say(f"{number.name}: ending")
+            say(f"{number.name}: asking the consumer to end")
         elif now - self._first_signal_at > SIGNAL_ECHO and not self.at_once:
             self.at_once = True
-            say(f"{number.name} again: ending at once")
+            say("no time is left: the consumer is killed now")
 
 
 class Consumer:
@@ -818,7 +819,7 @@ class Consumer:
             return False
         if not self._gives_back:
             say(
-                "COMMAND gives its job back when it is asked to end: from now on it is asked "
+                "the consumer gives its job back when it is asked to end: from now on it is asked "
                 "only when no job is in hand"
             )
         self._gives_back = True
@@ -870,7 +871,7 @@ class Consumer:
 
     def _tell_what_is_left(self, run: Run) -> None:
         if run.left:
-            say(f"COMMAND has ended, and what it has started goes on: {run.left}")
+            say(f"the consumer has ended, and what it has started goes on: {run.left}")
             run.left = ""
 
     def _order(self, lease: Renewal | None = None, waiting: Waiting | None = None) -> Order:
@@ -927,7 +928,7 @@ class Consumer:
 
     def _failed(self, started_at: float, why: str) -> None:
         self._failures = self._failures.one_more(started_at)
-        say(f"COMMAND failed: {why}; a pause of {self._failures.pause:g} s")
+        say(f"the consumer failed: {why}; a pause of {self._failures.pause:g} s")
         now = time.monotonic()
         if self._failures.mean_broken(now, self._settings.broken_after):
             times = f"{self._failures.times} times in {now - self._failures.since:.0f} s"

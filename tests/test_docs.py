@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 
+import prometheus_client
 import pytest
 
 import null_backlog
 import null_client
 import null_consumer
+import null_metrics
 import null_worker
 from tests.kit.environment import BARE, HERE
 from tests.kit.pages import PAGES, blocks, commands, rows, section
@@ -76,21 +78,6 @@ def test_each_page_is_linked_from_the_readme():
 
 # Flags
 
-# On the pages already, and on its way into the code. Take out what has come.
-COMING = {"--diagnose", "--metrics", "--stop-signal"}
-COMING_SETTINGS = {"NULL_STOP_SIGNAL"}
-COMING_LINES = {
-    "/var/log/portal/provisioning.log",
-    "NULL_EMPTY changes nothing now: ...",
-    "SIGTERM: asking the consumer to end",
-    "argument --once: only with --backlog",
-    "killed, for it had not ended in its time: ...",
-    "no time is left: the consumer is killed now",
-    "the consumer gives its job back when it is asked to end: ...",
-    "the consumer has ended, and what it has started goes on: ...",
-    "the consumer was asked to end 60 s ago and goes on: ...",
-}
-
 
 @functools.cache
 def options(*command):
@@ -127,7 +114,7 @@ def flags_of_table(heading):
 def test_the_flags_of_null_client_are_those_of_the_page():
     of_command = options("null_client.py")
     of_page = flags_of_table("Command line: `null_client.py`")
-    assert set(of_page) - COMING == set(of_command) - COMING
+    assert set(of_page) == set(of_command)
     for flag, text in of_command.items():
         default = re.search(r"default: ([^)]+)", text)
         if default:
@@ -137,13 +124,13 @@ def test_the_flags_of_null_client_are_those_of_the_page():
 def test_the_flags_of_null_consumer_are_those_of_the_page():
     of_command = options("null_consumer.py")
     of_page = flags_of_table("Command line: `null_consumer.py`")
-    assert set(of_page) - COMING == set(of_command) - COMING - {"--help"}
+    assert set(of_page) == set(of_command) - {"--help"}
     for flag, (variable, _) in of_page.items():
         assert variable.strip("`").partition("=")[0] == "NULL_" + flag[2:].upper().replace("-", "_")
 
 
 def test_flags_in_running_text_are_there():
-    known = {*options("null_client.py"), *options("null_consumer.py"), *COMING}
+    known = {*options("null_client.py"), *options("null_consumer.py")}
     for page, text in PAGES.items():
         for call in commands(text, "null_client.py"):
             named = {word.partition("=")[0].strip("`)") for word in call if word[:2] == "--"}
@@ -170,7 +157,7 @@ def settings_table():
 
 
 def test_the_settings_of_the_code_are_those_of_the_page():
-    assert settings_of_code() | COMING_SETTINGS == set(settings_table())
+    assert settings_of_code() == set(settings_table())
 
 
 def test_the_defaults_of_the_settings_are_those_of_the_page():
@@ -189,7 +176,7 @@ def test_the_defaults_of_the_settings_are_those_of_the_page():
 
 
 def test_settings_in_running_text_are_read_somewhere():
-    read = settings_of_code() | COMING_SETTINGS
+    read = settings_of_code()
     for path in HERE.glob("examples/*/*"):
         if path.is_file() and path.suffix != ".svg":
             read.update(SETTING.findall(path.read_text(errors="replace")))
@@ -208,23 +195,15 @@ def troubles_of_page():
 
 
 def test_the_troubles_of_the_page_are_those_of_the_code():
-    (notes,) = [
-        node
-        for node in ast.walk(ast.parse((HERE / "null_backlog.py").read_text()))
-        if isinstance(node, ast.FunctionDef) and node.name == "_note_troubles"
-    ]
-    (names,) = [node.keys for node in ast.walk(notes) if isinstance(node, ast.Dict)]
-    assert troubles_of_page() == ["backlog", *(name.value for name in names)]
+    assert troubles_of_page() == list(null_backlog.TROUBLES)
 
 
 def test_the_metrics_of_the_page_are_those_of_the_code():
-    null_metrics = pytest.importorskip("null_metrics")
-    client = pytest.importorskip("prometheus_client")
     metrics = null_metrics.Metrics()
     jobs = null_backlog.Jobs(waiting=1, in_hand=1, done=1)
     metrics.has_progressed(null_backlog.Progress(jobs=jobs, opened=1))
     metrics.has_workers(["free"])
-    text = client.generate_latest(metrics._registry).decode()
+    text = prometheus_client.generate_latest(metrics._registry).decode()
     served = {
         (name, kind) for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE)
     }
@@ -248,7 +227,6 @@ LINES = [
     ]
     for row in rows(section(page, heading))
     for line in re.findall(r"`([^`]+)`", row[0])
-    if line not in COMING_LINES
 ]
 TEXTS = [text for path in CODE for text in strings(path)]
 
@@ -288,6 +266,7 @@ def test_a_finding_has_its_form(path):
     assert text.startswith("#!/usr/bin/env bash\n# ")
     assert os.access(path, os.X_OK)
     assert "\nset -euo pipefail\n" in text
+    assert "@@" not in text, "what was seen?"
     assert re.search(r"^# .*\b20\d\d-\d\d-\d\d\b", text, re.MULTILINE), "when was it seen?"
     assert subprocess.run(["bash", "-n", path]).returncode == 0
 

@@ -33,7 +33,7 @@ async def test_one_that_gives_its_job_back_is_asked_only_when_nothing_is_in_hand
     command = ["sh", "./run"]
     async with consumer(worker, tmp_path, *options, command=command, script=script) as running:
         session_id = await create(vast, worker, lifetime=4)
-        await running.until_said("COMMAND gives its job back when it is asked to end")
+        await running.until_said("the consumer gives its job back when it is asked to end")
         await running.until_printed("job done")
         await running.until_said(f"released session={session_id}")
         assert running.printed("taken") == running.printed("asked") == 2
@@ -72,5 +72,5 @@ async def test_a_count_of_grep_that_found_none_says_what_it_is(vast, worker, tmp
     line = "exec sleep 60"
     async with consumer(worker, tmp_path, *options, command=line, script=script) as running:
         await create(vast, worker)
-        (said,) = await running.until_said("--empty's COMMAND changes nothing now: ")
+        (said,) = await running.until_said("NULL_EMPTY changes nothing now: ")
         assert said.endswith("now: status 1 after it has printed '0'")

@@ -62,14 +62,14 @@ async def test_a_look_that_fails_is_no_zero_and_told_once(vast, worker, tmp_path
         for script in ("echo many", "echo", "echo -3", "echo 1 2 3 4", "sleep 60", "exec yes"):
             (tmp_path / "empty.sh").write_text(script)
             await looked(tmp_path, 3)
-        (line,) = running.said("--empty")
+        (line,) = running.said("NULL_EMPTY")
         assert line.endswith("status 1: no such queue")
         assert await held(worker, session_id)
         (tmp_path / "empty.sh").write_text("echo 1")
         await looked(tmp_path, 3)
         (tmp_path / "empty.sh").write_text("echo many")
-        await eventually(lambda: len(running.said("--empty")) == 2)
-        assert running.said("--empty")[1].endswith("prints 'many\\n', and not one number or two")
+        await eventually(lambda: len(running.said("NULL_EMPTY")) == 2)
+        assert running.said("NULL_EMPTY")[1].endswith("prints 'many\\n', and not one number or two")
         (tmp_path / "empty.sh").write_text("echo 0")
         await running.until_said(f"released session={session_id}")
 
@@ -93,7 +93,7 @@ async def test_runs_that_get_on_with_nothing_are_a_failure(vast, worker, tmp_pat
         await running.until_said(f"released session={session_id}")
         assert running.printed("began") == 4  # once, and three times again
         (line,) = running.said("failed")
-        assert line == "COMMAND failed: 3 runs, and no fewer jobs wait; a pause of 1 s"
+        assert line == "the consumer failed: 3 runs, and no fewer jobs wait; a pause of 1 s"
 
 
 @pytest.mark.parametrize("answer", ["0", "many"])

@@ -33,8 +33,8 @@ async def serve(vast, worker, running, times):
 async def test_a_failure_is_told_released_and_paused_after(vast, worker, tmp_path, command, why):
     async with consumer(worker, tmp_path, command=command) as running:
         await serve(vast, worker, running, 2)
-        first, second = running.said("COMMAND failed: ")
-        assert first.startswith(f"COMMAND failed: {why}") and first.endswith("a pause of 1 s")
+        first, second = running.said("the consumer failed: ")
+        assert first.startswith(f"the consumer failed: {why}") and first.endswith("a pause of 1 s")
         assert second.endswith("a pause of 2 s")
 
 
@@ -60,7 +60,7 @@ async def test_a_success_forgets_the_failures(vast, worker, tmp_path):
         await serve(vast, worker, running, 1)
         (tmp_path / "mended").unlink()
         await serve(vast, worker, running, 1)
-        pauses = [line.rpartition("; ")[2] for line in running.said("COMMAND failed")]
+        pauses = [line.rpartition("; ")[2] for line in running.said("the consumer failed: ")]
         assert pauses == ["a pause of 1 s", "a pause of 2 s", "a pause of 1 s"]
 
 
@@ -111,7 +111,7 @@ async def test_that_nothing_can_be_opened_is_a_failure_like_any_other(vast, work
         await asyncio.sleep(0.5)  # it waits for the next one
         with nothing_can_be_opened(running):
             session_id = await create(vast, worker)
-            await running.until_said("COMMAND failed: can't be started: [Errno 24]")
+            await running.until_said("the consumer failed: can't be started: [Errno 24]")
         await running.until_said(f"released session={session_id}")
         await serve(vast, worker, running, 1)
 
@@ -131,7 +131,7 @@ async def test_a_look_at_the_jobs_that_cannot_be_started_changes_nothing(vast, w
     options = ("--empty", "echo 0")
     async with consumer(worker, tmp_path, *options, command="true", script=script) as running:
         await serve(vast, worker, running, 1)
-        (line,) = running.said("--empty's COMMAND changes nothing now")
+        (line,) = running.said("NULL_EMPTY changes nothing now")
         assert "can't be started: [Errno 11]" in line
         await serve(vast, worker, running, 1)
 
@@ -143,7 +143,7 @@ async def test_nor_does_one_for_which_nothing_can_be_opened(vast, worker, tmp_pa
         await eventually(running.family)
         with nothing_can_be_opened(running):
             (tmp_path / "enough").touch()
-            await running.until_said("--empty's COMMAND changes nothing now: can't be started")
+            await running.until_said("NULL_EMPTY changes nothing now: can't be started")
         await running.until_said(f"released session={session_id}")
 
 

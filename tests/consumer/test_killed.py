@@ -79,7 +79,7 @@ async def test_its_guard_is_killed_and_command_is_ended_all_the_same(vast, worke
         (guard,) = running.guards()
         guard.kill()
         await eventually(lambda: not any(process.is_running() for process in before), 10)
-        await running.until_said("COMMAND failed: its guard was killed")
+        await running.until_said("the consumer failed: its guard was killed")
         await running.until_said(f"released session={first}")
         await create(vast, worker)
         await running.until_printed("began", 2)

@@ -57,7 +57,7 @@ async def test_a_folder_that_is_gone_is_named(vast, worker, tmp_path, place):
     shutil.rmtree(place)
     async with consumer(worker, tmp_path, **options) as running:
         await create(vast, worker)
-        (said,) = await running.until_said("COMMAND failed: can't be started: ")
+        (said,) = await running.until_said("the consumer failed: can't be started: ")
         assert f"No such file or directory: {place}" in said
 
 
@@ -67,6 +67,6 @@ async def test_a_working_folder_that_was_deleted_is_named(vast, worker, tmp_path
     under = ("sh", "-c", f'cd {folder}; rmdir {folder}; exec "$@"', "sh")
     async with consumer(worker, tmp_path, command=["./run"], under=under) as running:
         await create(vast, worker)
-        (said,) = await running.until_said("COMMAND failed: can't be started: ")
+        (said,) = await running.until_said("the consumer failed: can't be started: ")
         assert "No such file or directory: the working folder, which was deleted" in said
         await eventually(lambda: running.said("released"))

@@ -117,7 +117,9 @@ async def test_a_long_run_forgets_the_failures_and_short_ones_break_the_worker(v
         await eventually(lambda: len(running.said("failed")) == 3)
         (tmp_path / "seconds").write_text("0.1")
         await running.until_said("the consumer failed 4 times")
-        pauses = [line.rpartition("a pause of ")[2] for line in running.said("COMMAND failed")]
+        pauses = [
+            line.rpartition("a pause of ")[2] for line in running.said("the consumer failed: ")
+        ]
         assert pauses == ["1 s", "2 s", "1 s", "2 s", "4 s", "8 s"]
         await eventually(lambda: "the consumer failed" in worker.report["error_msg"])
     await eventually(lambda: worker.number not in vast.workers)

@@ -182,7 +182,7 @@ async def test_what_goes_wrong_in_a_guard_is_told_and_command_is_ended(vast, wor
     async with consumer(worker, tmp_path, command="exec sleep 60", script=script) as running:
         session_id = await create(vast, worker)
         await running.until_said(f"released session={session_id}")
-        assert running.said("COMMAND failed: its guard failed: ValueError: a fault; ")
+        assert running.said("the consumer failed: its guard failed: ValueError: a fault; ")
         assert not running.family()
 
 

@@ -47,16 +47,19 @@ def section(page, heading):
     return text.partition("\n## ")[0]
 
 
+def tables(text):
+    """The tables in a text: each a list of rows, which are lists of cells, without the head."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\|\n)+", text + "\n", re.MULTILINE):
+        _, _, *lines = table.splitlines()
+        cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+        found.append([[cell.strip() for cell in row] for row in cells])
+    return found
+
+
 def rows(text):
-    """The rows of all tables in a text, as lists of their cells, without the heads."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    heads = [place - 1 for place, line in enumerate(lines) if re.fullmatch(r"[|\- :]+", line)]
-    skipped = {*heads, *(place + 1 for place in heads)}
-    return [
-        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for place, line in enumerate(lines)
-        if place not in skipped
-    ]
+    """The rows of all tables in a text."""
+    return [row for table in tables(text) for row in table]
 
 
 def commands(text, name):

@@ -88,8 +88,8 @@ async def test_of_a_run_that_fails_the_last_five_lines_are_shown():
     ) as vast:
         await create(vast, await fresh(vast))
         await eventually(lambda: [event for event in events if " wrote: 20" in event])
-    (failed,) = [at for at, event in enumerate(events) if "COMMAND failed: " in event]
-    assert re.match(r"worker 1: null_consumer: COMMAND failed: .*\b7\b", events[failed])
+    (failed,) = [at for at, event in enumerate(events) if "the consumer failed: " in event]
+    assert re.match(r"worker 1: null_consumer: the consumer failed: .*\b7\b", events[failed])
     wrote = [f"worker 1 wrote: {number}" for number in range(16, 21)]
     assert events[failed + 1 : failed + 6] == wrote
     assert len([event for event in events if " wrote: " in event]) == 5
