@@ -27,8 +27,9 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         # A Ctrl-C while the rest loads shows no traceback; Interruption takes over.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Python's own modules come first, so that a queue.py beside this file hides none of them.
-    # Under `python -I` this file's folder wouldn't be searched at all.
+    # Python's own modules come first: a queue.py beside this file hides none of them. What is
+    # beside this file comes next: no installed copy of this project is taken for it. Under
+    # `python -I` this folder wouldn't be searched at all.
     _library = os.path.dirname(os.__file__)
     _folder = os.path.dirname(os.path.realpath(__file__))
     _first = [_library, os.path.join(_library, "lib-dynload"), _folder]

@@ -44,6 +44,7 @@ BACKLOG_MARGIN = 17  # columns before the bars of a chart of a backlog
 JOBS_HEIGHT = 5  # lines
 RESERVED_HEIGHT = 3
 MAX_HISTORY = 2000  # moments that the chart of a backlog is drawn from
+NO_WORKER_AFTER = 10.0  # seconds; a job that has just been done may still be counted as in hand
 
 GOOD = "green"
 DOUBTFUL = "yellow"
@@ -455,6 +456,7 @@ class BacklogDisplay(Screen):
         self._progress_at = 0.0
         self._workers = "none"  # the endpoint's, by what they do
         self._asked_since: float | None = None
+        self._unworked_since: float | None = None  # jobs are in hand, and no worker is reserved
         self._history: list[tuple[float, int, int]] = []  # when, how many jobs, how many reserved
         super().__init__(on_broken_pipe)
 
@@ -467,10 +469,8 @@ class BacklogDisplay(Screen):
         changed = before is None or backlog_line(progress) != backlog_line(before)
         if changed and not self.has_rows:
             self.say(backlog_line(progress))
-        if not progress.asked:
-            self._asked_since = None
-        elif self._asked_since is None:
-            self._asked_since = now
+        self._asked_since = begin(self._asked_since, progress.asked > 0, now)
+        self._unworked_since = begin(self._unworked_since, jobs_without_worker(progress) > 0, now)
         self._remember(progress)
 
     def has_trouble(self, line: str) -> None:
@@ -512,39 +512,61 @@ class BacklogDisplay(Screen):
         table.add_column()
         if self._progress is not None:
             now = time.monotonic()
-            asked_for = 0.0 if self._asked_since is None else now - self._asked_since
-            age = now - self._progress_at
-            for name, text, style in backlog_rows(self._progress, self._workers, age, asked_for):
+            lasted = Lasted(
+                progress=now - self._progress_at,
+                asked=0.0 if self._asked_since is None else now - self._asked_since,
+                unworked=0.0 if self._unworked_since is None else now - self._unworked_since,
+            )
+            for name, text, style in backlog_rows(self._progress, self._workers, lasted):
                 table.add_row(name, Text(text, style, overflow="fold"))
         return Group(table)
 
 
-def backlog_rows(
-    progress: Progress, workers: str, age: float, asked_for: float
-) -> list[tuple[str, str, str]]:
+class Lasted(NamedTuple):
+    """For how many seconds it has been so."""
+
+    progress: float = 0.0  # as it was told last
+    asked: float = 0.0  # something is asked for
+    unworked: float = 0.0  # jobs are in hand, and no worker is reserved
+
+
+def begin(since: float | None, is_so: bool, now: float) -> float | None:
+    """Return since when it has been so, from when it was so before."""
+    if not is_so:
+        return None
+    return now if since is None else since
+
+
+def jobs_without_worker(progress: Progress) -> int:
+    """Return how many jobs are in hand, where no worker is reserved that could have them."""
+    if progress.jobs is None or progress.own or progress.others:
+        return 0
+    return progress.jobs.in_hand or 0
+
+
+def backlog_rows(progress: Progress, workers: str, lasted: Lasted) -> list[tuple[str, str, str]]:
     """Return the live rows: a name, a text, and its style.
 
-    `progress` was told `age` seconds ago, and something has been asked for since `asked_for`
-    seconds. `workers` are the endpoint's, by what they do.
+    `workers` are the endpoint's, by what they do.
     """
     reserved = progress.own + progress.others
     asked = str(progress.asked)
     if progress.asked:
-        asked += f", waiting {clock(asked_for)}"
+        asked += f", waiting {clock(lasted.asked)}"
     rows = [("jobs", jobs_in_full(progress.jobs), "")]
-    in_hand = progress.jobs.in_hand if progress.jobs else None
-    if in_hand and not reserved:
-        has = "1 job in hand has" if in_hand == 1 else f"{in_hand} jobs in hand have"
+    unworked = jobs_without_worker(progress)
+    if unworked and lasted.unworked >= NO_WORKER_AFTER:
+        has = "1 job in hand has" if unworked == 1 else f"{unworked} jobs in hand have"
         rows.append(("", f"{has} no worker", DOUBTFUL))
     rows += [
         ("wanted", str(progress.wanted), ""),
         ("reserved", f"{reserved}{by_others(progress)}", GOOD if reserved else ""),
         ("asked for", asked, ""),
         ("workers", workers, BAD if "broken" in workers else ""),
-        ("so far", f"{gpu_time(reserved_seconds(progress, age))} reserved", ""),
+        ("so far", f"{gpu_time(reserved_seconds(progress, lasted.progress))} reserved", ""),
     ]
     if progress.ends_in is not None:
-        left = max(0.0, progress.ends_in - age)
+        left = max(0.0, progress.ends_in - lasted.progress)
         rows.append(("ending", f"in {left:.0f} s unless a job comes", GOOD))
     for name, line in progress.troubles.items():
         rows.append((name, line.removeprefix(f"{name}: "), BAD))

@@ -16,6 +16,14 @@ temporary folder; the scaling rule; the processes and their ports; the router's 
 LocalVast, which puts them together.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":
+    # A queue.py beside this file, say, must not be taken for the standard library's.
+    here = [os.path.dirname(path(__file__)) for path in (os.path.abspath, os.path.realpath)]
+    sys.path[:] = [each for each in sys.path if os.path.abspath(each) not in here] + here
+
 import asyncio
 import base64
 import contextlib
@@ -23,7 +31,6 @@ import fcntl
 import functools
 import json
 import logging
-import os
 import re
 import runpy
 import secrets
@@ -31,7 +38,6 @@ import shutil
 import signal
 import socket
 import ssl
-import sys
 import tempfile
 import threading
 import time
@@ -350,7 +356,7 @@ class Folder:
     def __enter__(self) -> "Folder":
         self._sweep()
         while self._locked is None:
-            self.path = tempfile.mkdtemp(prefix=PREFIX)
+            self.path = os.path.abspath(tempfile.mkdtemp(prefix=PREFIX))
             self._lock()
         return self
 
@@ -632,7 +638,7 @@ class Instances:
     def _keep(self, worker: LocalWorker) -> None:
         """Move the worker's folder to where it outlives this process. Raises OSError."""
         if not os.path.isdir(self._kept_in):
-            self._kept_in = tempfile.mkdtemp(prefix=KEPT_PREFIX)
+            self._kept_in = os.path.abspath(tempfile.mkdtemp(prefix=KEPT_PREFIX))
         kept = os.path.join(self._kept_in, str(worker.number))
         os.rename(worker.folder, kept)
         self._endpoint.tell(f"worker {worker.number}: what its consumer wrote is kept in {kept}")

@@ -14,13 +14,13 @@ import sys
 import pytest
 
 from null_client import reserve
-from null_local import LocalVast
 from null_worker import END
 from tests.kit.autoscaler import ended, reservations_over_time, statuses
 from tests.kit.command import Command
 from tests.kit.environment import BARE, HERE, run
 from tests.kit.http import Callbacks, post, request, server
 from tests.kit.reservation import endpoint_of, worker_at
+from tests.kit.vast import FaultyVast
 from tests.kit.waiting import eventually
 from tests.kit.worker import create, fresh, lease, release, renew, until
 
@@ -238,7 +238,7 @@ async def test_the_module_is_a_worker_that_can_be_reserved_and_released(tmp_path
         "sys.path[0] = os.getcwd()\n"
         "runpy.run_module('workers.null.worker', run_name='__main__')\n"
     )
-    async with LocalVast(control_port=None, max_workers=1) as vast:
+    async with FaultyVast(max_workers=1) as vast:
         worker = await fresh(vast, script=str(script))
         async with endpoint_of(vast) as endpoint, reserve(endpoint) as reservation:
             assert reservation.url == worker.url

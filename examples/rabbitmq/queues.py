@@ -9,6 +9,7 @@ from pika.exceptions import ChannelClosedByBroker
 AMQP_URL = os.environ.get("AMQP_URL", "amqp://127.0.0.1:5672")
 NOT_FOUND = 404
 TRIES = 3
+DAY = 24 * 3600 * 1000  # milliseconds
 
 
 def connect() -> BlockingConnection:
@@ -20,6 +21,7 @@ def make(channel: BlockingChannel, queue: str) -> None:
     arguments = {
         "x-queue-type": "quorum",  # the only type that counts deliveries
         "x-delivery-limit": TRIES - 1,  # how often a job may come back
+        "x-consumer-timeout": DAY,  # how long a job may take; RabbitMQ 3.12 and newer read it
         "x-dead-letter-exchange": "",
         "x-dead-letter-routing-key": f"{queue}.aside",
     }

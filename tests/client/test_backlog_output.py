@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from null_backlog import Jobs, Progress
-from null_display import backlog_chart, backlog_line, backlog_rows, bars
+from null_display import Lasted, backlog_chart, backlog_line, backlog_rows, bars
 from tests.kit.command import Command
 from tests.kit.worker import WORKERS, release
 
@@ -135,13 +135,22 @@ TROUBLES = {"stuck": "stuck: no job moves", "vast": "vast: no answer"}
 )
 def test_the_rows_explain_themselves(progress, rows):
     """As they are 10 s after they were told, and 65 s after something was asked for."""
-    shown = {name: text for name, text, _ in backlog_rows(progress, "3 reserved", 10, 65)}
+    lasted = Lasted(progress=10, asked=65, unworked=10)
+    shown = {name: text for name, text, _ in backlog_rows(progress, "3 reserved", lasted)}
     assert {name: shown.get(name) for name in rows} == rows
     assert ("ending" in shown) == (progress.ends_in is not None)
 
 
+def test_a_job_that_has_just_been_done_is_not_called_without_a_worker():
+    """Which is still counted as in hand: its worker is gone before the next look."""
+    rows = backlog_rows(Progress(Jobs(0, 1)), "", Lasted(unworked=2))
+    assert not any("no worker" in text for _, text, _ in rows)
+
+
 def test_a_trouble_looks_different_from_the_rest():
-    styles = {name: style for name, _, style in backlog_rows(Progress(troubles=TROUBLES), "", 0, 0)}
+    styles = {
+        name: style for name, _, style in backlog_rows(Progress(troubles=TROUBLES), "", Lasted())
+    }
     assert styles["stuck"] == styles["vast"] != styles["jobs"] == styles["reserved"]
 
 

@@ -150,6 +150,19 @@ def test_a_command_that_was_copied_alone_says_what_it_needs(tmp_path):
     assert done.stderr == "null_client: null_display.py is missing beside this file\n"
 
 
+def test_a_stand_in_lives_in_a_folder_of_the_users(copied):
+    """With a module that hides Python's own, and a temporary folder that has no absolute path."""
+    for other in ("logging.py", "selectors.py", "argparse.py"):
+        (copied / other).unlink()
+    here = {"TMPDIR": ".", "NULL_CONSUMER": "echo worked >worked; sleep 60"}
+    command = [sys.executable, "null_client.py", "--local", "--hold", "3"]
+    done = run(command, BARE | here, copied)
+    assert done.stderr == "" and "#1 released" in done.stdout, done.stdout
+    assert done.returncode == 0
+    assert (copied / "worked").read_text() == "worked\n"
+    assert not list(copied.glob("null-*"))
+
+
 # What it inherits
 
 

@@ -1,7 +1,9 @@
 """The pace of polls, however many wait."""
 
 import asyncio
+import contextlib
 import itertools
+import math
 import time
 from collections import Counter
 
@@ -14,40 +16,65 @@ from tests.kit.waiting import eventually
 pytestmark = pytest.mark.anyio
 
 
+FRONT = 16  # so many poll every second, all others together 30 times a second
+
+
+@contextlib.asynccontextmanager
+async def crowd(endpoint, count):
+    """So many who wait for a worker."""
+    waiting = [asyncio.create_task(reserve(endpoint).__aenter__()) for _ in range(count)]
+    try:
+        yield waiting
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+
+
+def polls_of_each(stub, since=0.0):
+    """How often each request was polled for; the first poll of each has no index yet."""
+    return Counter(
+        query["request_idx"]
+        for when, route, query in stub.asked
+        if route == ROUTE and when > since and query["request_idx"]
+    )
+
+
+async def until_the_front_has_polled(stub, times, since=0.0):
+    """Wait for so many polls of each of those in front; how often each request was polled then.
+
+    Whatever else the machine does: the others wait for the same event loop.
+    """
+
+    def has_polled():
+        return sum(polls >= times for polls in polls_of_each(stub, since).values()) >= FRONT
+
+    await eventually(has_polled)
+    return polls_of_each(stub, since)
+
+
 async def test_polls_keep_their_pace_however_many_wait():
     async with stubbed() as (stub, endpoint):
         stub.free = False
         start = time.monotonic()
-        waiting = [asyncio.create_task(reserve(endpoint).__aenter__()) for _ in range(300)]
-        await asyncio.sleep(10.5)  # 6 for the first poll of each
-        for task in waiting:
-            task.cancel()
-        await asyncio.wait(waiting)
+        async with crowd(endpoint, 300):
+            # 10 s for the first poll of each
+            await eventually(lambda: len(stub.times(ROUTE)) - polls_of_each(stub).total() == 300)
+            late = await until_the_front_has_polled(stub, 4, since=time.monotonic())
         polls = [when - start for when in stub.times(ROUTE)]
-        late = Counter(
-            q["request_idx"]
-            for when, route, q in stub.asked
-            if route == ROUTE and when > start + 6.5
-        )
-    for second in range(7):
+    for second in range(math.ceil(max(polls)) - 3):
         assert sum(second <= when < second + 4 for when in polls) <= 4 * 60
-    assert sum(6.5 <= when < 10.5 for when in polls) >= 4 * 10
-    assert sum(3 <= times <= 6 for times in late.values()) == 16  # those in front, every second
+    assert sum(times >= 4 for times in late.values()) == FRONT, late
+    assert len(late) >= FRONT + 40  # of the others some did, too
 
 
 async def test_those_in_front_poll_every_second_also_while_a_crowd_arrives():
     async with stubbed() as (stub, endpoint):
         stub.free = False
-        waiting = [asyncio.create_task(reserve(endpoint).__aenter__()) for _ in range(300)]
-        await asyncio.sleep(5)
-        for task in waiting:
-            task.cancel()
-        await asyncio.wait(waiting)
-        polls = Counter(
-            query["request_idx"] for query in stub.messages(ROUTE) if query["request_idx"]
-        )
-        assert sum(times >= 3 for times in polls.values()) >= 16, polls
-        assert len(stub.times(ROUTE)) <= 5 * 60
+        async with crowd(endpoint, 300):
+            polls = await until_the_front_has_polled(stub, 3)
+            assert sum(times >= 3 for times in polls.values()) == FRONT, polls
+            assert len(stub.times(ROUTE)) - polls.total() < 300  # the crowd still arrives
 
 
 @pytest.mark.parametrize("wait", [1, 60])
@@ -93,21 +120,18 @@ async def test_a_request_keeps_its_place_by_what_it_says_to_the_router():
 async def test_those_behind_move_up_soon_when_those_in_front_leave():
     async with stubbed() as (stub, endpoint):
         stub.free = False
-        waiting = [asyncio.create_task(reserve(endpoint).__aenter__()) for _ in range(200)]
-        await eventually(
-            lambda: sum(query["request_idx"] == 0 for query in stub.messages(ROUTE)) == 200
-        )
-        for task in waiting[:16]:
-            task.cancel()
-        await asyncio.wait(waiting[:16])
-        await asyncio.sleep(8)  # the others poll every 6 s
-        stub.asked.clear()
-        await asyncio.sleep(4)
-        polls = Counter(query["request_idx"] for query in stub.messages(ROUTE))
-        for task in waiting:
-            task.cancel()
-        await asyncio.wait(waiting)
-    assert sum(times >= 3 for times in polls.values()) == 16, polls
+        async with crowd(endpoint, 200) as waiting:
+            await eventually(lambda: len(stub.times(ROUTE)) - polls_of_each(stub).total() == 200)
+            for task in waiting[:FRONT]:
+                task.cancel()
+            await asyncio.wait(waiting[:FRONT])
+            # The others poll every 6 s, and so know within that time that they have moved up.
+            left = time.monotonic()
+            await eventually(
+                lambda: polls_of_each(stub, since=left).keys() >= {*range(FRONT + 1, 200)}
+            )
+            polls = await until_the_front_has_polled(stub, 3, since=time.monotonic())
+    assert sum(times >= 3 for times in polls.values()) == FRONT, polls
 
 
 async def test_after_a_429_of_the_router_polls_back_off_and_not_in_lockstep():

@@ -137,21 +137,23 @@ async def test_a_thousand_reservations_in_a_storm_leave_nothing_behind(caplog):
     async with Stub() as stub:
         port = int(stub.url.rpartition(":")[2])
         files = open_files(port)
-        storms = [Storm(seed, 200, stub.url) for seed in range(5)]
-
         stub.fate = lambda route, message: (
             None if route.startswith("/api/") else fate(route, message)
         )
-        await asyncio.gather(
-            *(storm.pass_over(to_the_end=storm is not storms[0]) for storm in storms)
-        )
-        # 3 s of bad luck, which a busy machine lengthens.
+        storms = []
+        while sum(storm.held for storm in storms) <= 50:  # on a busy machine few get a worker
+            blowing = [Storm(len(storms) + number, 200, stub.url) for number in range(5)]
+            await asyncio.gather(
+                *(storm.pass_over(to_the_end=storm is not blowing[0]) for storm in blowing)
+            )
+            storms += blowing
+        # What had 3 s of bad luck is told. How much that is depends on the machine.
         told = set(re.findall(r"not closed session=(\w+)", caplog.text))
         unanswered = caplog.text.count("no answer to a create")
-        assert len(told) + unanswered < 10
         untold = {session.name for session in stub.left()} - told
         assert len(untold) <= unanswered
-        assert sum(storm.held for storm in storms) > 50
+        closed = sum(session.over.is_set() for session in stub.sessions.values())
+        assert closed > len(told) + unanswered
         await eventually(lambda: open_files(port) <= files)
 
 

@@ -51,7 +51,7 @@ def test_its_table_has_every_wrapper():
 @pytest.mark.parametrize("wrapper", [pytest.param(each, id=each.name) for each in WRAPPERS])
 def test_a_wrapper_does_what_it_says(wrapper):
     if not installed(wrapper):
-        pytest.skip(f"{' and '.join(wrapper.needs)} not installed")
+        pytest.skip(f"{' and '.join(wrapper.needs)}: not on this machine")
     if os.geteuid() != 0 and wrapper.line.startswith(
         ("sudo", "su ", "runuser", "unshare", "chpst")
     ):

@@ -4,7 +4,7 @@
 
 A trial is one real run of a shell line under null_guard.py, in a process and a folder of its own.
 The consumer finishes its job, which has 12 s to go, when it is told to end, and drops the job when
-it is told again. docs/consumers.md has the rows, and test_wrappers.py compares.
+it is told again. docs/consumers.md has the rows, and test_docs.py compares.
 """
 
 import argparse
@@ -78,7 +78,6 @@ class Wrapper(NamedTuple):
     line: str
     needs: tuple[str, ...] = ()  # programs
     files: dict[str, str] = {}
-    consumers: int = 1  # that it runs at once
     note: str = ""
     varies: bool = False  # it isn't the same each time
 
@@ -112,7 +111,7 @@ WRAPPERS = (
     ),
     Wrapper("timeout 1h ./consumer", ("timeout",)),
     Wrapper("timeout 1h sh -c 'true && ./consumer'", ("timeout",)),
-    Wrapper("seq 2 | xargs -P2 -n1 ./consumer", ("xargs",), consumers=2),
+    Wrapper("seq 2 | xargs -P2 -n1 ./consumer", ("xargs",), varies=True),
     Wrapper("nice ./consumer", ("nice",)),
     Wrapper("nohup ./consumer", ("nohup",)),
     Wrapper("env A=b ./consumer", ("env",)),

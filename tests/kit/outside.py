@@ -4,6 +4,7 @@ All temporary files of a run are in one folder, which also is in the environment
 starts. So the processes of this run are told from those of another, and from anybody else's.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -12,9 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from null_local import KEPT_PREFIX
 from tests.kit.environment import HERE
 from tests.kit.processes import listening_ports, marked
 
+PREFIX = "nt-"  # of the folder, a short name: sockets are made in it
+DAY = 86400.0  # seconds
+STAYS = ("pytest-of-", KEPT_PREFIX)  # pytest's own; what failed consumers wrote, for who asks
 GRACE = 15.0  # seconds for what is ending: workers wait for their drain
 # What may be made anew beside the project's files.
 MADE = ("__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".venv")
@@ -25,7 +30,8 @@ class Outside:
     """What was there before the run, for the process that all others are started by."""
 
     def __init__(self):
-        self.folder = tempfile.mkdtemp(prefix="nt-")  # short: sockets are made in it
+        sweep()
+        self.folder = tempfile.mkdtemp(prefix=PREFIX)
         os.environ["TMPDIR"] = tempfile.tempdir = self.folder
         self.files = project_files()
 
@@ -43,12 +49,20 @@ class Outside:
             time.sleep(0.1)
         lines = [f"process {pid} {name}, ports {ports.get(pid)}" for pid, name in processes.items()]
         folders = {path.name for path in Path(self.folder).iterdir()}
-        lines += [f"{self.folder}/{name}" for name in folders if not name.startswith("pytest-of-")]
+        lines += [f"{self.folder}/{name}" for name in folders if not name.startswith(STAYS)]
         return lines + sorted(project_files() - self.files)
 
     def end(self):
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def sweep():
+    """Remove what runs that failed, or were killed, have left a day ago."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def project_files():
