@@ -55,7 +55,8 @@ def test_all_are_done_though_a_consumer_and_a_worker_are_killed_and_poisoned_job
     sqs.put(1, "kill", queue="low")
     options = ("--max", "3", "--settle", "3", "--once")
     with sqs.command(tmp_path, *options, queues=QUEUES) as run:
-        run.until(lambda: sqs.backlog(*QUEUES)[1] == 3)
+        with sqs.watch(*QUEUES) as watch:
+            run.until(lambda: watch.lines and watch.lines[-1][1] == 3)
         assert len(run.workers()) == 3
         first, second, *_ = models(sqs)
         kill(first)

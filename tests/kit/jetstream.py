@@ -23,11 +23,11 @@ def nats_server(folder):
 
 def check_that_sigterm_gives_the_job_back_at_once(example):
     """The wait for a worker that died must be much longer than the job."""
-    example.put(1, 2)
-    with example.consumer() as first:
-        example.until(lambda: example.backlog()[1])
+    example.put(1, 4)
+    with example.watch() as watch, example.consumer() as first:
+        watch.says(0, 1, 0)
         first.terminate()
-        first.wait(10)
+        first.wait(30)
     example.ask("consumer")
     assert example.outcomes() == (1, 0)
 
@@ -35,9 +35,8 @@ def check_that_sigterm_gives_the_job_back_at_once(example):
 def check_that_heartbeats_keep_others_off(example):
     """The wait for a worker that died must be much shorter than 50 s."""
     example.put(1, 50)
-    with example.consumer() as first:
-        example.until(lambda: example.backlog()[1])
-        assert example.backlog() == (0, 1, 0)
+    with example.watch() as watch, example.consumer() as first:
+        watch.says(0, 1, 0)
         example.ask("consumer")  # stays for as long as that wait, and finds nothing to do
         assert example.outcomes() == (0, 0)
         assert first.poll() is None

@@ -25,7 +25,7 @@ def check_a_run_in_which_much_goes_wrong(
     options = ("--max", "3", "--settle", "3", "--once")
     with example.command(folder, *options, queues=QUEUES, **variables) as run:
         with example.watch(*QUEUES) as watch:
-            run.until(lambda: len(run.consumers()) == 3 and watch.lines[-1][1] == 3)
+            run.until(lambda: watch.lines and watch.lines[-1][1] == 3)
         run.kill_consumer()
         if after_kill:
             run.until(after_kill)
@@ -73,8 +73,11 @@ def check_the_watch(example, url, *, last=(0,)):
     example.put(1, 0)
     with example.watch() as watch:
         watch.says(1, 0, *last)
-        example.put(1, 0)
-        assert watch.says(2, 0, *last) < 3  # 4 s is when it repeats itself
+        waits = []
+        for number in (2, 3, 4):
+            example.put(1, 0)
+            waits.append(watch.says(number, 0, *last))
+        assert sum(waits) < 4, waits  # 4 s is when it repeats itself
         lines = len(watch.lines)
         began_at = time.monotonic()
         example.until(lambda: len(watch.lines) > lines, 20)
