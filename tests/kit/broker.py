@@ -104,8 +104,8 @@ def rabbitmq_server():
 
 @contextlib.contextmanager
 def _folder(user=None):
-    """A temporary folder of this user's, short enough for the name of a socket."""
-    folder = Path(tempfile.mkdtemp(prefix="broker-"))
+    """A temporary folder, of this user's where one is named: then not in a folder of root's."""
+    folder = Path(tempfile.mkdtemp(prefix="broker-", dir="/tmp" if user else None))
     try:
         if user:
             os.chown(folder, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
