@@ -147,7 +147,9 @@ def test_forks_are_children_of_this_process_and_know_when_it_has_gone():
         (["-I", "-c", LOOK], {}, False),
         (["-m", "look"], {}, False),
         (["nothing.py"], {}, False),
-        (["-c", LOOK], {"env": {**BARE, "PYTHONPATH": "/elsewhere"}}, False),
+        (["-c", LOOK], {"env": {**BARE, "PYTHONPATH": "/elsewhere"}}, True),
+        (["-c", LOOK], {"env": {**BARE, "PYTHONPATH": "custom"}}, False),
+        (["-c", LOOK], {"env": {**BARE, "PYTHONPATH": f"{HERE}:hiding"}}, False),
         (["-c", LOOK], {"env": {**BARE, "PYTHONWARNINGS": "error"}}, False),
         (["-c", LOOK], {"env": {**BARE, "LANG": "xx_YY"}}, False),
         (["-c", LOOK], {"env": {**BARE, "LARGE": "x" * 150_000}}, False),
@@ -165,6 +167,8 @@ def test_what_a_fork_cannot_stand_for_is_started(arguments, options, forks, tmp_
     Path("hiding").mkdir()
     Path("hiding/look.py").write_text(LOOK)
     Path("hiding/aiohttp.py").touch()
+    Path("custom").mkdir()
+    Path("custom/sitecustomize.py").touch()
     asked = []
     monkeypatch.setattr(forking.zygote(), "fork", lambda *_: asked.append(1) or os.getpid())
     monkeypatch.setattr("tests.kit.forking._execute_child", lambda *_, **__: asked.append(0))

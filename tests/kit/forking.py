@@ -6,8 +6,8 @@ child is a child of this process, with a pid of its own, like any other. The wor
 `null_client.py --local` are forked by a zygote of its own.
 
 What a fork can't stand for starts as ever: other programs, options of Python's, variables that
-Python or a module reads when it starts, a module beside the script that hides one which is imported
-already. A test that is about starting has the marker `starts`.
+Python or a module reads when it starts, a module beside the script, or on its path, that hides one
+which is imported already. A test that is about starting has the marker `starts`.
 """
 
 import array
@@ -189,15 +189,21 @@ def _is_plain(arguments, cwd):
         return False
     else:
         folder = os.path.dirname(os.path.realpath(os.path.join(cwd, arguments[1])))
-    if Path(folder) == HERE:
-        return True
+    return not _hides(folder)
+
+
+def _hides(folder):
+    """Whether a module in this folder would be imported in the place of one that is already."""
+    if Path(folder) == HERE or not os.path.isdir(folder):
+        return False
     names = {entry.partition(".")[0] for entry in os.listdir(folder)}
-    return not names & forking.zygote().modules
+    return bool(names & (forking.zygote().modules | {"sitecustomize", "usercustomize"}))
 
 
 def _fits(arguments, environment):
     """Whether the environment changes nothing that was read at the start, and there is room."""
-    if environment.get("PYTHONPATH", str(HERE)) != str(HERE):
+    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
+    if any(_hides(path) for path in paths if path):
         return False
     if environment_at_start(environment) != forking.zygote().environment_at_start:
         return False
