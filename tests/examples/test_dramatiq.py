@@ -33,8 +33,8 @@ def dramatiq(redis_url):
 @pytest.mark.long
 def test_all_are_done_though_a_consumer_is_killed_and_a_poisoned_job_goes_aside(dramatiq, tmp_path):
     dramatiq.put(1, "fail", queue="high")
-    dramatiq.put(9, queue="high")
-    dramatiq.put(9, queue="low")
+    dramatiq.put(9, 3, queue="high")
+    dramatiq.put(9, 3, queue="low")
     dramatiq.put(1, queue="other")
     options = ("--max", "3", "--settle", "5", "--once")
     empty = "examples/dramatiq/backlog high low"

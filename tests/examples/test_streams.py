@@ -71,10 +71,11 @@ def test_heartbeats_keep_others_off_and_sigterm_lets_a_job_be_finished(hasty):
     hasty.put(1, 0)
     with hasty.watch() as watch, hasty.consumer() as consumer:
         watch.says(1, 1, 0)
+        begun = len(watch.lines)
         consumer.terminate()
         assert consumer.wait(60) == 0
         watch.says(1, 0, 1)
-        assert {line[:2] for line in watch.lines} <= {(2, 0), (1, 1), (1, 0)}
+        assert {line[:2] for line in watch.lines[begun:]} <= {(1, 1), (1, 0)}
 
 
 def test_a_job_that_is_deleted_while_it_waits_is_not_counted(streams, redis):

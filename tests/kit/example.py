@@ -14,6 +14,7 @@ group they make for themselves.
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import shutil
 import socket
@@ -197,21 +198,28 @@ class Watch:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.lines = []
+        self.lines, self.times = [], []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self):
         for line in self.process.stdout:
+            self.times.append(time.monotonic())
             self.lines.append(tuple(int(number) for number in line.split()))
 
     def says(self, *numbers, timeout=30.0):
-        """Wait until its latest line has these numbers; how many seconds that took."""
-        began_at = time.monotonic()
-        alive = lambda: self.process.poll() is None  # noqa: E731
-        condition = lambda: self.lines[-1:] == [numbers]  # noqa: E731
-        _wait_for(condition, timeout, alive, lambda: str(self.lines), pause=0.02)
-        return time.monotonic() - began_at
+        """Wait until its latest line has these numbers."""
+        _wait_for(
+            lambda: self.lines[-1:] == [numbers],
+            timeout,
+            lambda: self.process.poll() is None,
+            lambda: str(self.lines[-20:]),
+            pause=0.02,
+        )
+
+    def tells_changes_at_once(self):
+        """Whether some two lines came within less than the 4 s after which it repeats itself."""
+        return any(after - before < 3 for before, after in itertools.pairwise(self.times))
 
     def ends(self, timeout=30.0):
         """Wait for its end; its status, and what it wrote to standard error."""
