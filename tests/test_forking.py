@@ -14,7 +14,7 @@ from tests.kit.environment import BARE, HERE
 from tests.kit.forking import WANTED, execute_child, forking, signature
 
 LOOK = """
-import json, os, resource, signal, sys, threading, time
+import json, os, resource, signal, subprocess, sys, threading, time
 def text(path):
     with open(path, "rb") as file:
         return file.read().rstrip(bytes(1)).decode()
@@ -24,6 +24,7 @@ seen = {
     "path": sys.path,
     "cwd": os.getcwd(),
     "environment": [sorted(os.environ.items()), sorted(text("/proc/self/environ").split(chr(0)))],
+    "inherited": sorted(subprocess.check_output(["env", "-0"], text=True).split(chr(0))),
     "files": sorted(map(int, os.listdir("/proc/self/fd"))),
     "signals": [str(signal.getsignal(number)) for number in signals],
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),

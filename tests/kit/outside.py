@@ -19,7 +19,9 @@ from tests.kit.processes import listening_ports, marked
 
 PREFIX = "nt-"  # of the folder, a short name: sockets are made in it
 DAY = 86400.0  # seconds
-STAYS = ("pytest-of-", KEPT_PREFIX)  # pytest's own; what failed consumers wrote, for who asks
+# What may be there: pytest's own, what failed consumers wrote, for who asks, and what Python's
+# multiprocessing makes, of jobs that tests have killed.
+STAYS = ("pytest-of-", KEPT_PREFIX, "pymp-")
 GRACE = 15.0  # seconds for what is ending: workers wait for their drain
 # What may be made anew beside the project's files.
 MADE = ("__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".venv")
@@ -32,6 +34,7 @@ class Outside:
     def __init__(self):
         sweep()
         self.folder = tempfile.mkdtemp(prefix=PREFIX)
+        os.chmod(self.folder, 0o711)  # a server under test may be another user's
         os.environ["TMPDIR"] = tempfile.tempdir = self.folder
         self.files = project_files()
 

@@ -141,9 +141,9 @@ def become(request, fds):
         if values is not None:
             resource.setrlimit(limit, values)
     os.chdir(request["cwd"])
-    overwrite(request["arguments"], request["environment"])
-    os.environ.clear()
+    os.environ.clear()  # first: the C library's own list points to what is then overwritten
     os.environ.update(request["environment"])
+    overwrite(request["arguments"], request["environment"])
     time.tzset()
     tempfile.tempdir = None
     random.seed()
