@@ -909,6 +909,9 @@ def set_up_log() -> None:
     handler = BackgroundHandler(STANDARD_ERROR)
     handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
+    # The SDK gives this logger a handler that writes at once, past ours, unless it has one.
+    logging.getLogger("vastai").handlers[:] = [logging.NullHandler()]
+    logging.getLogger("vastai").propagate = True
     door_log.addFilter(OneASecond())
     logging.getLogger("asyncio").addFilter(OneASecond())  # no file is left to open, and the like
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # malformed requests

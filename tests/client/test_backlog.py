@@ -59,7 +59,7 @@ def test_jobs_that_come_one_by_one_are_each_done_soon(files, tmp_path):
         for _ in range(7):
             files.put(1, 0.5)
             time.sleep(2)
-        run.until(lambda: files.backlog() == (0, 0))
+        run.until(lambda: files.backlog() == (0, 0, 7))
     for path in Path(files.environment["JOBS"]).glob("*.done"):
         put_at = int(path.name.partition("-")[0]) / 1e9
         assert path.stat().st_mtime - put_at < 15

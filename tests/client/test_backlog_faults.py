@@ -158,7 +158,7 @@ def test_with_local_all_ends_with_the_command(files, tmp_path):
         run.process.send_signal(signal.SIGTERM)
         assert run.status(30) == 128 + signal.SIGTERM
         run.example.until(lambda: files.processes() == [])
-    assert files.backlog() == (9, 0)
+    assert files.backlog() == (9, 0, 0)
 
 
 def test_with_local_all_ends_with_the_command_even_when_it_is_killed(files, tmp_path):
@@ -168,4 +168,4 @@ def test_with_local_all_ends_with_the_command_even_when_it_is_killed(files, tmp_
         run.process.kill()
         run.process.wait()
         run.example.until(lambda: files.processes() == [], timeout=40)
-    assert files.backlog() == (9, 0)
+    assert files.backlog() == (9, 0, 0)

@@ -146,6 +146,7 @@ def cpu_seconds(process):
     return times.user + times.system
 
 
+@pytest.mark.starts  # a fork's memory has what the one that forked has imported
 async def test_while_they_renew_it_and_its_guard_cost_next_to_nothing(vast, worker, tmp_path):
     async with consumer(worker, tmp_path, command="echo began; exec sleep 60") as running:
         await create(vast, worker)

@@ -98,3 +98,10 @@ def test_what_strangers_cause_in_the_log_hides_nobody_elses():
         ),
         *(f"of {name}\\nFORGED" for name in ("null_worker", "vastai")),
     ]
+
+
+@pytest.mark.starts
+def test_the_sdks_own_lines_go_the_same_way():
+    program = LOGGED.replace("for _ in", "import vastai\nfor _ in", 1)
+    lines = run([sys.executable, "-c", program], BARE).stderr.splitlines()
+    assert [line.partition("WARNING ")[2] for line in lines].count("of vastai\\nFORGED") == 2
