@@ -6,7 +6,7 @@
     python null_client.py --endpoint NAME --diagnose    why no worker comes
     python null_client.py --local ...                the same on this machine: no account, no GPU
 
-`--help` says the rest. `from null_client import reserve, follow` works, too.
+`--help` says the rest. You can import `reserve` and `follow` from here.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ async def attempt_reservations(args: argparse.Namespace, display: Display) -> in
 
 
 async def ramp(endpoint: Endpoint, args: argparse.Namespace, display: Display) -> None:
-    """Ramp up, hold all, ramp down, the oldest first. A single one is a ramp, too."""
+    """Ramp up, hold all, ramp down, the oldest first. One alone is a short ramp."""
     occupying: dict[str, asyncio.Task[None]] = {}
     watching = set[asyncio.Task[None]]()
     if args.demo:
@@ -590,7 +590,7 @@ class Interruption:
     def nobody_reads(self) -> None:
         """Take it as a signal, but never as a second one, that nobody reads standard output.
 
-        Ctrl-C ends the reader of a pipe, too.
+        Ctrl-C ends the reader of a pipe as well as this command.
         """
         if self.signum is None:
             self._begin(signal.SIGTERM)
