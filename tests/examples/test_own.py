@@ -36,7 +36,7 @@ def running(own):
     found = {}
     for process in own.processes():
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[-1:] == [own.environment["NULL_CONSUMER"]]:
+            if process.cmdline()[1:] == [own.environment["NULL_CONSUMER"]]:
                 found[process.environ()["NULL_SESSION_ID"]] = process
     return found
 
