@@ -33,7 +33,7 @@ def consume(example):
 
 def test_several_consumers_share_the_jobs_and_each_is_done_once(files):
     assert files.backlog() == (0, 0, 0)
-    files.put(200, 0)
+    files.put(200, 0.02)
     assert files.backlog() == (200, 0, 0)
     consumers = [
         subprocess.Popen([files.folder / "consumer"], env=files.environment) for _ in range(4)
