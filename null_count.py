@@ -40,8 +40,9 @@ async def watch_backlog(line: str) -> AsyncIterator[Jobs | NotCounted]:
     What has been printed since the last step counts by its last line. When the command ends, it is
     started again after 1, 2, 4 ... 60 s. Close the iterator, and nothing of it is left running.
     """
-    in_vain = 0  # starts in a row that gave no count
+    in_vain = 0  # starts in a row that didn't stay
     while True:
+        began_at = time.monotonic()
         process = _start(line)
         errors = b""
         try:
@@ -50,21 +51,24 @@ async def watch_backlog(line: str) -> AsyncIterator[Jobs | NotCounted]:
                     break
                 try:
                     yield _parse(output, _last_line(errors))
-                    in_vain = 0
                 except NotCounted as error:
                     yield error
             ended = "it has closed its standard output"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 ended = _how_it_ended(process.wait(0.1), b"")
+                if process.returncode == 0:
+                    ended = "it has ended, and --watch wants a command that stays"
         finally:
             _end_group(process)
         yield NotCounted(ended + _last_line(errors))
+        if time.monotonic() - began_at >= LONGEST_PAUSE:
+            in_vain = 0
         await asyncio.sleep(restart_pause(in_vain))
         in_vain += 1
 
 
 def restart_pause(in_vain: int) -> float:
-    """Return the seconds until the next start, after so many in a row that gave no count."""
+    """Return the seconds until the next start, after so many in a row that didn't stay."""
     return min(LONGEST_PAUSE, 2.0 ** min(in_vain, 9))
 
 
@@ -119,7 +123,7 @@ async def _read_to_end(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
     while True:
         ended = process.poll() is not None
         output += _read(process.stdout) or b""
-        errors = (errors + (_read(process.stderr) or b"")).rstrip()[-MAX_OUTPUT:]
+        errors = (errors + (_read(process.stderr) or b""))[-MAX_OUTPUT:]
         if len(output) > MAX_OUTPUT:
             raise NotCounted("it prints without end")
         if ended:
@@ -145,7 +149,7 @@ async def _read_lines(
         more = _read(process.stderr) if process.stderr in open_pipes else None
         if more == b"":
             open_pipes.remove(process.stderr)
-        errors = (errors + (more or b"")).rstrip()[-MAX_OUTPUT:]
+        errors = (errors + (more or b""))[-MAX_OUTPUT:]
         *lines, unfinished = (unfinished + (new or b"")).split(b"\n")
         if len(unfinished) > MAX_OUTPUT:
             lines, unfinished = [unfinished[:MAX_OUTPUT]], b""

@@ -43,6 +43,7 @@ NOT_RUN = {
     "docker build": "needs a container engine",
     r"\. \.venv/bin/activate\n$": "sets up the environment that these tests run in",
     "pytest tests/client": "runs the tests",
+    "--local --backlog 'examples/rq": "needs a Redis; tests/examples/test_rq.py runs both lines",
 }
 
 

@@ -17,6 +17,7 @@ from tests.kit.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
+ENDED = "it has ended, and --watch wants a command that stays"
 NOT_NUMBERS = "not one to three whole numbers"
 MANY = "i=0; while i=$((i+1)); do echo $((i % 2)) 0; sleep 0.001; done"
 
@@ -52,12 +53,12 @@ async def first_of(line, number):
         ("printf '1 '; sleep 0.3; printf '2\\n'; sleep 60", [Jobs(1, 2)]),  # half a line
         ("echo 7; exit 3", [Jobs(7), "exit status 3"]),
         ("echo 7; echo no server >&2; exit 1", [Jobs(7), "exit status 1: no server"]),
-        ("printf 7; exit 0", ["exit status 0"]),  # half a line is none
+        ("printf 7; exit 0", [ENDED]),  # half a line is none
         ("echo 7; kill -9 $$", [Jobs(7), "killed by signal 9"]),
         ("echo 7; exec >&-; sleep 60", [Jobs(7), "it has closed its standard output"]),
         ("echo 7; sleep 60 & exit 3", [Jobs(7), "exit status 3"]),  # one that it has left behind
         ("exec 2>&-; echo 7; sleep 60", [Jobs(7)]),
-        ("echo many; echo 7; echo -1; sleep 60", [f"it printed '-1', {NOT_NUMBERS}"]),
+        ("printf 'many\\n7\\n-1\\n'; sleep 60", [f"it printed '-1', {NOT_NUMBERS}"]),
         ("echo; sleep 60", ["it printed nothing"]),
         ("no-such-program", ["exit status 127: sh: 1: no-such-program: not found"]),
     ],

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import os
 import time
 
 import aiohttp
 import pytest
 
-from null_worker import CONTROL_ROUTES, Answer, control_request
+from null_worker import CONTROL_ROUTES, Answer, NullWorker, Settings, control_request
+from tests.kit.environment import ON_VAST
 from tests.kit.http import on_the_wire, post, request
 from tests.kit.worker import create, driver, fresh, killed, lease, lines_since
 
@@ -212,3 +214,9 @@ async def test_no_route_but_release_ends_a_session(vast, tmp_path):
             assert status == expected, (method, path)
         assert (await lease(worker))["session_id"] == session_id, path
     await killed(worker)
+
+
+def test_each_route_has_a_function(monkeypatch):
+    monkeypatch.setattr(os, "environ", {**ON_VAST})
+    settings = Settings.from_environment(ON_VAST)
+    assert set(NullWorker(settings, 1024).control_functions()) == set(CONTROL_ROUTES)
