@@ -58,6 +58,7 @@ BAD = [
     ),
     ({"BACKEND_HEALTH_URL": "http://a b/"}, "should be an absolute http"),
     ({"BACKEND_HEALTH_URL": "http://a:99999/"}, "should be an absolute http"),
+    ({"BACKEND_HEALTH_URL": "http://a:0/"}, "should be an absolute http"),
     (
         {"BACKEND_HEALTH_URL": "http://localhost:18999/health"},
         "the consumer's own, not the control server's",
@@ -68,6 +69,10 @@ BAD = [
     ),
     (
         {"BACKEND_HEALTH_URL": "http://127.0.0.1", "NULL_CONTROL_PORT": "80"},
+        "not the control server's",
+    ),
+    (
+        {"BACKEND_HEALTH_URL": "http://u:p@127.0.0.1:18999/health"},
         "not the control server's",
     ),
     ({"CONTAINER_ID": "", "REPORT_ADDR": ""}, "CONTAINER_ID, REPORT_ADDR not set"),
@@ -100,12 +105,14 @@ def test_good_settings_are_taken():
     more = {
         "NULL_CONTROL_PORT": "",
         "UNSECURED": "True",
-        "BACKEND_START_TIMEOUT": "2.5",
+        "BACKEND_START_TIMEOUT": "0.5",
         "WORKER_HTTP_PORT": "4000",
     }
-    settings = Settings(18999, "https://u:p@[fd00::1]/h?x=1", None, (3000, 4000), 2.5, True)
+    settings = Settings(18999, "https://u:p@[fd00::1]/h?x=1", None, (3000, 4000), 0.5, True)
     assert Settings.from_environment(consumer | more) == settings
     assert Settings.from_environment(ON_VAST | {"UNSECURED": ""}).unsecured is False
+    elsewhere = {"BACKEND_HEALTH_URL": "http://10.0.0.1:18999/"}  # the control server's port
+    assert Settings.from_environment(ON_VAST | elsewhere).health_url == "http://10.0.0.1:18999/"
 
 
 @pytest.mark.parametrize(
