@@ -57,6 +57,7 @@ def test_a_worker_that_was_promised_is_not_free_until_that_is_over():
     soon, over = time.monotonic() + 5, time.monotonic() - 1
     assert worker_for(0, [worker(FREE, promised_to=7, promised_until=soon)]) is None
     assert worker_for(0, [worker(FREE, promised_to=7, promised_until=over)]) is not None
+    assert worker_for(0, [worker(FREE, promised_until=soon)]) is not None  # it came, and has gone
 
 
 @pytest.mark.parametrize(
