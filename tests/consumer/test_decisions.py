@@ -41,6 +41,7 @@ from null_guard import describe_failure
         ),
         ({"NULL_CONTROL_PORT": "0"}, "NULL_CONTROL_PORT is '0', should be a port, 1-65535"),
         ({"NULL_CONTROL_PORT": "65536"}, "NULL_CONTROL_PORT is '65536', should be a port"),
+        ({"NULL_CONTROL_PORT": "x"}, "NULL_CONTROL_PORT is 'x', should be a port"),
         ({"NULL_GRACE": "1", "--grace": "x"}, "--grace is 'x', should be a number of seconds"),
         (
             {"NULL_STOP_SIGNAL": "KILL"},
