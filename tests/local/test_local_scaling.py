@@ -80,6 +80,15 @@ def test_one_is_started_where_none_is_free_or_coming(place, reports, most, neede
     assert another_is_needed(place, [worker(report) for report in reports], most) == needed
 
 
+def test_the_states_are_vasts():
+    assert [worker(report).state for report in ({}, FREE, BROKEN)] == [
+        "MODEL_LOADING",
+        "IDLE",
+        "ERROR",
+    ]
+    assert worker(FREE, stopping=True).state == "DESTROYING"
+
+
 @pytest.mark.parametrize(
     ("report", "stopping", "idle", "why"),
     [
