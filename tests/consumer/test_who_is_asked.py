@@ -27,7 +27,7 @@ def table(*processes):
 
 def one(pid, parent=0, attitude=ENDS, **other):
     """Process ids are ages here: the higher, the younger."""
-    return Process(pid, parent, started=pid, name=f"p{pid}", attitude=attitude, **other)
+    return Process(pid, parent, started=100 * pid, name=f"p{pid}", attitude=attitude, **other)
 
 
 def reads(pid, pipe, **other):
@@ -84,6 +84,8 @@ class Scene:
         # orphans, the youngest first: what it needs was started before it
         ([one(2)], None, ([2], [], [])),
         ([one(2), one(3), one(4)], None, ([4], [3, 2], [])),
+        ([one(2), one(3)._replace(started=200)], None, ([3], [2], [])),  # in one tick: by their ids
+        ([one(2)._replace(started=301), one(3)], None, ([2], [3], [])),  # ids start again at 1
         ([one(2), one(3, 2)], None, ([2], [], [])),  # never an orphan's child
         # one that ignores it tells nobody: its children are asked, and theirs
         ([one(1, attitude=IGNORES), one(2, 1)], 1, ([2], [], [])),
@@ -109,6 +111,8 @@ def test_nobody_is_asked_twice():
     scene = Scene(one(1))
     assert scene.look() == [1]
     assert scene.look() == scene.look(60) == []
+    deaf = [one(1, attitude=IGNORES), one(2, 1)]  # late, orphans are looked for too: 1 is none
+    assert chosen(table(*deaf), 1, late=True) == ([2], [], [])
 
 
 def test_the_orphans_of_one_that_ends_by_the_signal_are_asked_at_once():
@@ -149,6 +153,10 @@ def test_the_children_of_one_that_blocks_it_are_asked_in_its_place():
     assert scene.look(0.3, pending=[1]) == []
     assert scene.look(0.3, pending=[1]) == [2]
     assert scene.look(30, pending=[1]) == []
+    scene = Scene(one(1, attitude=BLOCKS), one(2, 1), one(3, 1))
+    assert scene.look() == [1]
+    assert scene.look(TAKE_WAIT + 0.1, pending=[1]) == [3]
+    assert scene.look(ended={1: 0, 3: -TERM}, orphans=[2]) == [2]  # it has told nobody
 
 
 def test_the_children_of_one_that_is_slow_to_take_it_are_not_asked():
@@ -166,6 +174,9 @@ def test_one_that_blocks_it_and_takes_it_has_perhaps_told_others():
     assert scene.look() == [1]
     assert scene.look(1) == []
     assert scene.look(ended={1: 0}, orphans=[2]) == []
+    quick = Scene(one(1, attitude=BLOCKS), one(2, 1))
+    assert quick.look() == [1]
+    assert quick.look(ended={1: 0}, orphans=[2]) == []
 
 
 def test_one_that_ignores_it_once_it_was_asked_is_not_deaf():
@@ -197,6 +208,9 @@ def test_who_reads_a_pipe_is_asked_once_nobody_writes_to_it_any_more():
     xargs = Scene(reads(2, "p"), one(3, 2), command=None)
     assert xargs.look() == []
     assert xargs.look(PIPE_WAIT) == [2]
+    own_end = Scene(reads(2, "p", writes=frozenset(["p"])), command=None)
+    assert own_end.look() == []
+    assert own_end.look(PIPE_WAIT) == [2]
     # consumer | tee log: tee gets the time to end by itself, and is spared until then.
     tee = Scene(writes(2, "p"), reads(3, "p"), command=None)
     assert tee.look() == [2]
@@ -212,19 +226,31 @@ def test_one_that_has_lost_its_terminal_was_told_by_the_kernel():
     lost = {2: {"has_terminal": False}}
     assert scene.look(ended={1: -TERM}, orphans=[2], then=lost) == []
     assert scene.look(15, then=lost) == [2]
+    has_it_still = Scene(one(1), one(2, 1, has_terminal=True))
+    assert has_it_still.look() == [1]
+    assert has_it_still.look(ended={1: -TERM}, orphans=[2]) == [2]
 
 
 def test_a_process_id_that_is_used_again_is_another_process():
     scene = Scene(one(2), command=None)
     assert scene.look() == [2]
-    scene.table[2] = one(2)._replace(started=77)
+    scene.table[2] = one(2)._replace(started=777)
     assert scene.look() == [2]
+    # Nor is it the one that has ended by the signal, which so has told nobody.
+    scene = Scene(one(2), one(3, 2), command=None)
+    assert scene.look() == [2]
+    scene.table = table(one(3), one(2, 3)._replace(started=777))
+    assert scene.look(TAKE_WAIT + 0.1) == [3]
 
 
 def test_processes_are_named_with_the_command_first():
     assert name_all(table(one(2), one(3)), 3) == "3 (p3), 2 (p2)"
-    many = name_all(table(*(one(pid) for pid in range(1, 14))), 1)
-    assert many.endswith("10 (p10), 3 more")
+    assert name_all(table(one(3), one(2)), None) == "2 (p2), 3 (p3)"  # and then by age
+    many = table(*(one(pid) for pid in range(1, 14)))
+    assert name_all(many, 1).endswith("10 (p10), 3 more")
+    for pid in (11, 12, 13):
+        del many[pid]
+    assert name_all(many, 1).endswith("9 (p9), 10 (p10)")
     assert name_all({}, None) == ""
 
 

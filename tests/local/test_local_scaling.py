@@ -57,6 +57,7 @@ def test_a_worker_that_was_promised_is_not_free_until_that_is_over():
     soon, over = time.monotonic() + 5, time.monotonic() - 1
     assert worker_for(0, [worker(FREE, promised_to=7, promised_until=soon)]) is None
     assert worker_for(0, [worker(FREE, promised_to=7, promised_until=over)]) is not None
+    assert worker_for(0, [worker(FREE, promised_until=soon)]) is not None  # it came, and has gone
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,15 @@ def test_a_worker_that_was_promised_is_not_free_until_that_is_over():
 )
 def test_one_is_started_where_none_is_free_or_coming(place, reports, most, needed):
     assert another_is_needed(place, [worker(report) for report in reports], most) == needed
+
+
+def test_the_states_are_vasts():
+    assert [worker(report).state for report in ({}, FREE, BROKEN)] == [
+        "MODEL_LOADING",
+        "IDLE",
+        "ERROR",
+    ]
+    assert worker(FREE, stopping=True).state == "DESTROYING"
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ async def test_only_a_loopback_host_is_answered(vast, worker, host, expected):
     status, answer = await post(f"{worker.control_url}/release", headers=headers)
     assert status == expected
     assert answer.get("session_ids") == ([session_id] if expected == 200 else None)
+    assert ("error" in answer) == (expected == 403)
 
 
 async def test_garbage_on_the_control_port_is_answered_or_dropped_and_never_logged_as_a_crash(
@@ -114,6 +115,14 @@ async def test_a_body_of_any_size_is_read_and_ignored(vast, worker, chunked):
         200,
         {"released": True, "session_ids": [session_id]},
     )
+
+
+async def test_an_answer_ends_before_the_one_who_asked_closes(worker):
+    """null_consumer.py reads to the end of it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
+    writer.write(b"GET /health HTTP/1.0\r\n\r\n")
+    assert b" 200 " in await asyncio.wait_for(reader.read(), 5)
+    writer.close()
 
 
 async def test_idle_connections_hold_up_nothing_and_are_dropped(worker):
@@ -184,7 +193,7 @@ def test_what_a_request_to_the_control_server_asks_for(method, target, expected)
     if isinstance(expected, tuple):
         assert (asked, answer) == ([expected], HANDS_ON)
     else:
-        assert (asked, answer.status) == ([], expected) and answer.body
+        assert (asked, answer.status, list(answer.body)) == ([], expected, ["error"])
         assert bool(answer.allow) == (expected == 405)
 
 

@@ -9,7 +9,7 @@ from Crypto.Hash import SHA256
 from Crypto.PublicKey import RSA
 from Crypto.Signature import pkcs1_15
 
-from null_worker import CREATE, ROUTES, problems
+from null_worker import CREATE, MAX_VALUES, ROUTES, Refusal, parse, problems
 from tests.kit.autoscaler import ended, silence, statuses
 from tests.kit.http import listens, post
 from tests.kit.malformed import DOORS, QUADRATIC, RAW, malformed, well_formed
@@ -160,3 +160,16 @@ CREATE_OK = {"auth_data": {**AUTH_OK, "url": "", "more": [1]}, "payload": {}}
 )
 def test_what_is_wrong_with_a_request_is_named(path, message, found):
     assert sorted(problems(message, ROUTES[path])) == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("small", "most"),
+    [("0", MAX_VALUES - 1), ("[]", MAX_VALUES // 2 - 1), ("{}", MAX_VALUES // 2 - 1)],
+)
+def test_small_values_of_any_kind_are_counted(small, most):
+    def message(number):
+        return json.dumps({"x": [json.loads(small)] * number}).encode()
+
+    assert len(parse(message(most), {})["x"]) == most
+    with pytest.raises(Refusal):
+        parse(message(most + 1), {})

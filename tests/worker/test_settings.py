@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import null_worker
 from null_worker import DEFAULTS, Settings, StartupError
 from tests.kit.environment import BARE, HERE, ON_VAST, run
 
@@ -58,6 +59,7 @@ BAD = [
     ),
     ({"BACKEND_HEALTH_URL": "http://a b/"}, "should be an absolute http"),
     ({"BACKEND_HEALTH_URL": "http://a:99999/"}, "should be an absolute http"),
+    ({"BACKEND_HEALTH_URL": "http://a:0/"}, "should be an absolute http"),
     (
         {"BACKEND_HEALTH_URL": "http://localhost:18999/health"},
         "the consumer's own, not the control server's",
@@ -68,6 +70,10 @@ BAD = [
     ),
     (
         {"BACKEND_HEALTH_URL": "http://127.0.0.1", "NULL_CONTROL_PORT": "80"},
+        "not the control server's",
+    ),
+    (
+        {"BACKEND_HEALTH_URL": "http://u:p@127.0.0.1:18999/health"},
         "not the control server's",
     ),
     ({"CONTAINER_ID": "", "REPORT_ADDR": ""}, "CONTAINER_ID, REPORT_ADDR not set"),
@@ -100,12 +106,32 @@ def test_good_settings_are_taken():
     more = {
         "NULL_CONTROL_PORT": "",
         "UNSECURED": "True",
-        "BACKEND_START_TIMEOUT": "2.5",
+        "BACKEND_START_TIMEOUT": "0.5",
         "WORKER_HTTP_PORT": "4000",
     }
-    settings = Settings(18999, "https://u:p@[fd00::1]/h?x=1", None, (3000, 4000), 2.5, True)
+    settings = Settings(18999, "https://u:p@[fd00::1]/h?x=1", None, (3000, 4000), 0.5, True)
     assert Settings.from_environment(consumer | more) == settings
     assert Settings.from_environment(ON_VAST | {"UNSECURED": ""}).unsecured is False
+    elsewhere = {"BACKEND_HEALTH_URL": "http://10.0.0.1:18999/"}  # the control server's port
+    assert Settings.from_environment(ON_VAST | elsewhere).health_url == "http://10.0.0.1:18999/"
+
+
+@pytest.mark.parametrize("folder", ["link", "file"])
+def test_the_files_of_the_consumer_may_lie_beside_a_link_or_what_it_stands_for(
+    tmp_path, monkeypatch, folder
+):
+    for name in ("link", "file"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file" / "null_worker.py").touch()
+    link = tmp_path / "link" / "null_worker.py"
+    link.symlink_to("../file/null_worker.py")
+    monkeypatch.setattr(null_worker, "__file__", str(link))
+    environment = {**ON_VAST, "NULL_CONSUMER": "rq worker"}
+    for name in null_worker.CONSUMER_FILES:
+        with pytest.raises(StartupError, match=f"should be unset where .*{name}"):
+            Settings.from_environment(environment)
+        (tmp_path / folder / name).touch()
+    assert Settings.from_environment(environment).consumer == "rq worker"
 
 
 @pytest.mark.parametrize(
