@@ -1,5 +1,6 @@
 """What the command shows: lines, rows, the chart."""
 
+import io
 import math
 import re
 import signal
@@ -75,6 +76,18 @@ def ended_row(asked_at, held_at, ended_at, how="released"):
 )
 def test_the_chart(rows, workers, lines):
     assert [line.plain for line in null_display.chart(rows, workers, width=20)] == lines
+
+
+def test_the_chart_is_as_wide_as_the_terminal_has_room_for():
+    display = null_display.Display(1, lambda: None)
+    display.output.finish()
+    text = io.StringIO()
+    display._console = Console(width=60, height=20, file=text)
+    display.has_rows = True
+    display.rows["#1"] = ended_row(0, 2, 8)
+    display.show_chart()
+    row = text.getvalue().splitlines()[1]
+    assert row.endswith("released") and 50 < len(row) <= 60
 
 
 class Gauge:
