@@ -44,8 +44,10 @@ def processes_with(mark):
         ("set -- $(cat /proc/$$/stat); [ $6 = $$ ] && echo 1", Jobs(1)),  # its session
         ("exec >&- 2>&-; sleep 0.1", "it printed nothing"),
         ("true", "it printed nothing"),
-        ("exit 1", "exit status 1"),
-        ("echo 5; exit 1", "exit status 1"),
+        ("exit 1", "exit status 1$"),
+        ("echo 5; exit 1", "exit status 1 after a number"),  # as grep -c does
+        ("echo many; exit 1", "exit status 1$"),
+        ("echo 5; exit 2", "exit status 2$"),
         ("kill -9 $$", "killed by signal 9"),
         ("no-such-program", "exit status 127: .*not found"),
         (

@@ -1,5 +1,6 @@
 """The arguments of the command, and the account that it uses."""
 
+import math
 import re
 
 import pytest
@@ -39,6 +40,12 @@ def test_each_mode_has_the_defaults_of_the_contract(arguments, expected, monkeyp
     args = null_client.parse_arguments(["--local", *arguments])
     heeded = {name: value for name, value in vars(args).items() if value is not None}
     assert heeded == PLACE | EACH | expected
+
+
+def test_what_is_given_counts_in_the_place_of_the_defaults():
+    """Also an endless hold: what is read as nothing would be the default."""
+    args = null_client.parse_arguments(["--local", "--hold", "inf", "--cost", "250"])
+    assert (args.hold, args.cost, args.lifetime) == (math.inf, 250, 120)
 
 
 def test_the_endpoint_and_the_instance_come_from_the_environment(monkeypatch):

@@ -1,10 +1,12 @@
 """What the command shows: lines, rows, the chart."""
 
+import io
 import math
 import re
 import signal
 
 import pytest
+from rich.console import Console
 
 import null_display
 from tests.kit.autoscaler import statuses
@@ -74,6 +76,18 @@ def ended_row(asked_at, held_at, ended_at, how="released"):
 )
 def test_the_chart(rows, workers, lines):
     assert [line.plain for line in null_display.chart(rows, workers, width=20)] == lines
+
+
+def test_the_chart_is_as_wide_as_the_terminal_has_room_for():
+    display = null_display.Display(1, lambda: None)
+    display.output.finish()
+    text = io.StringIO()
+    display._console = Console(width=60, height=20, file=text)
+    display.has_rows = True
+    display.rows["#1"] = ended_row(0, 2, 8)
+    display.show_chart()
+    row = text.getvalue().splitlines()[1]
+    assert row.endswith("released") and 50 < len(row) <= 60
 
 
 class Gauge:
@@ -148,6 +162,15 @@ async def test_on_a_terminal_there_are_rows_with_bars_and_the_workers(small_vast
         assert re.search(pattern, screen), pattern
     assert "\x1b[?25h" in screen  # the cursor is shown again
     assert command.errors == [] and re.match(r"workers  [ \d]+$", command.lines[-1])
+
+
+@pytest.mark.parametrize(("rows", "shown", "more"), [(4, 4, []), (5, 3, ["and 2 more: 2 planned"])])
+def test_what_fits_is_shown_and_of_the_rest_how_many_there_are_of_each(rows, shown, more):
+    display = null_display.Display(rows, lambda: None)
+    display._console = Console(width=80, height=7)  # three are for other lines
+    table, *lines = display._render().renderables
+    display.output.finish()
+    assert (table.row_count, [line.plain for line in lines]) == (shown, more)
 
 
 async def test_thirty_reservations_fit_on_twelve_lines(vast):

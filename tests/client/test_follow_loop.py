@@ -222,3 +222,13 @@ async def test_once_it_gives_up_when_it_is_refused_for_long(vast, monkeypatch):
     async with following(vast, jobs=(1, 0), once=True) as this:
         with pytest.raises(Stuck, match="given up: refused: the autoscaler"):
             await asyncio.wait_for(this.task, 20)
+
+
+async def test_no_task_of_a_look_is_left(vast):
+    """A dispatcher looks each 5 s for months."""
+    async with following(vast, every=0.05) as this:
+        await this.looks_twice()
+        before = len(asyncio.all_tasks())
+        for _ in range(5):
+            await this.looks_twice()
+        assert len(asyncio.all_tasks()) < before + 8

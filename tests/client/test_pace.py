@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+import null_reservation
 from null_reservation import failure_pause, reserve
 from tests.kit.stub import ROUTE, first, stubbed
 from tests.kit.waiting import eventually
@@ -115,6 +116,28 @@ async def test_a_request_keeps_its_place_by_what_it_says_to_the_router():
     # Whole numbers, as the SDK's.
     assert repr([query["request_idx"] for query in queries]) == "[0, 1, 1, 1, 1]"
     assert all(query["replay_timeout"] >= 60 for query in queries)
+
+
+async def test_whose_polls_are_rare_asks_for_its_place_to_be_kept_for_three_of_them(monkeypatch):
+    monkeypatch.setattr(null_reservation, "FRONT", 0)
+    monkeypatch.setattr(null_reservation, "POLL_RATE", 0.01)
+    async with stubbed() as (stub, endpoint):
+        stub.free = False
+        waiting = asyncio.create_task(reserve(endpoint).__aenter__())
+        await eventually(lambda: stub.messages(ROUTE))
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert stub.messages(ROUTE)[0]["replay_timeout"] == 300
+
+
+async def test_a_wait_that_is_over_before_the_next_poll_ends_then(monkeypatch):
+    monkeypatch.setattr(null_reservation, "FRONT", 0)
+    monkeypatch.setattr(null_reservation, "POLL_RATE", 0.01)  # a poll in 100 s
+    async with stubbed() as (stub, endpoint):
+        stub.free = False
+        with pytest.raises(null_reservation.NotReserved):
+            await asyncio.wait_for(reserve(endpoint, wait=0.5).__aenter__(), 20)
+        assert len(stub.times(ROUTE)) == 1
 
 
 async def test_those_behind_move_up_soon_when_those_in_front_leave():

@@ -186,6 +186,26 @@ CASES = {
         {},
         (5, 2, 3, 0),
     ),
+    "a list that fails: it is the last one alone that counts for a minute": (
+        [
+            look(0, Jobs(0, 0)),
+            look(20, Jobs(5, 0), listed=4),
+            look(30, Jobs(5, 0), listed=1),
+            look(80, Jobs(5, 0), listed=NOT_KNOWN),
+        ],
+        {},
+        (5, 1, 4, 0),
+    ),
+    "a list that fails: others count by the highest of the last 15 s all the same": (
+        [
+            look(0, Jobs(0, 0)),
+            look(20, Jobs(5, 0), listed=4),
+            look(30, Jobs(5, 0), listed=1),
+            look(32, Jobs(5, 0), listed=NOT_KNOWN),
+        ],
+        {},
+        (5, 4, 1, 0),
+    ),
     "refused: none before it is time": (
         [look(0, Jobs(5, 0)), look(5, Jobs(5, 0), refused_until=6)],
         {},
@@ -205,6 +225,16 @@ CASES = {
         [look(0, Jobs(9, 0)), look(5, Jobs(9, 0), ended=2)],
         {},
         (9, 0, 9, 0),
+    ),
+    "two have ended since jobs moved, and many before: not yet stuck": (
+        [look(0, Jobs(9, 0), ended=10), look(5, Jobs(9, 0), ended=12)],
+        {},
+        (9, 0, 9, 0),
+    ),
+    "stuck: only what has ended since jobs moved makes the pauses longer": (
+        [look(0, Jobs(9, 0), ended=10), look(5, Jobs(9, 0), ended=13, last_opened=4)],
+        {},
+        (9, 0, 1, 0),
     ),
     "stuck: requests beyond one are taken back": (
         [look(0, Jobs(9, 0)), look(5, Jobs(9, 0), ended=3, asked=6)],
@@ -250,6 +280,11 @@ CASES = {
         {},
         (12, 0, 0, 5),
     ),
+    "growth before the first end is no excuse": (
+        [look(0, Jobs(9)), look(100, Jobs(12)), look(105, Jobs(12), ended=3, asked=6)],
+        {},
+        (12, 0, 0, 5),
+    ),
     "growth is one for two minutes after a pull": (
         [
             look(0, Jobs(9, 0)),
@@ -284,6 +319,16 @@ CASES = {
         {},
         (12, 0, 0, 5),
     ),
+    "a third number that is new says nothing": (
+        [look(0, Jobs(9, 0)), look(5, Jobs(9, 0, 4), ended=3, asked=6)],
+        {},
+        (9, 0, 0, 5),
+    ),
+    "a third number that is missing says nothing": (
+        [look(0, Jobs(9, 0, 4)), look(5, Jobs(9, 0), ended=3, asked=6)],
+        {},
+        (9, 0, 0, 5),
+    ),
     "fewer jobs in all: that is movement": (
         [look(0, Jobs(9, 2)), look(5, Jobs(9, 1), ended=3, asked=6)],
         {},
@@ -295,15 +340,15 @@ CASES = {
         (8, 0, 0, 5),
     ),
     "none is waiting: that is": (
-        [look(0, Jobs(2, 0)), look(5, Jobs(0, 2), ended=3, own=(4,), last_opened=4)],
+        [look(0, Jobs(9, 0)), look(5, Jobs(0, 9), ended=3, own=(4,), asked=6)],
         {},
         (1, 0, 0, 0),
     ),
     "the latest has had a job in hand for 30 s: that is": (
         [
             look(0, Jobs(9, 0)),
-            look(5, Jobs(9, 1), ended=3, own=(4,)),
-            look(36, Jobs(9, 1), ended=3, own=(4,)),
+            look(5, Jobs(9, 1), ended=4, own=(4,)),
+            look(36, Jobs(9, 1), ended=4, own=(4,)),
         ],
         {},
         (10, 0, 9, 0),
@@ -316,6 +361,16 @@ CASES = {
         ],
         {},
         (10, 0, 0, 0),
+    ),
+    "the latest is held, and has no job in hand any more: that isn't": (
+        [
+            look(0, Jobs(9, 0)),
+            look(5, Jobs(9, 1), ended=4, own=(4,)),
+            look(10, Jobs(10, 0), ended=4, own=(4,)),
+            look(50, Jobs(10, 0), ended=4, own=(4,), asked=6),
+        ],
+        {},
+        (10, 0, 0, 5),
     ),
     "a worker that the router named and nobody reached isn't somebody's": (
         [look(0, Jobs(1, 0)), look(20, Jobs(1, 0), listed=1, unreachable=1)],
@@ -331,6 +386,28 @@ CASES = {
         [look(5 * place, Jobs(1, 0), listed=1) for place in range(121)],
         {"most": 1},
         (1, 0, 1, 0),
+    ),
+    "a load that nobody holds, and a list that shows it now and then": (
+        [look(5 * place, Jobs(1, 0), listed=1 - place % 2) for place in range(121)],
+        {"most": 1},
+        (1, 0, 1, 0),
+    ),
+    "a load that nobody holds, and the one job in hand is ours": (
+        [look(0, Jobs(9, 0), listed=1)]
+        + [look(5 * place, Jobs(8, 1), own=(2,), listed=2) for place in range(1, 122)],
+        {"most": 2},
+        (2, 0, 1, 0),
+    ),
+    "ours loads, and the one job in hand is another's": (
+        [look(0, Jobs(9, 1), listed=1)]
+        + [look(5 * place, Jobs(9, 1), own=(3,), listed=2) for place in range(1, 123)],
+        {"most": 2},
+        (2, 1, 0, 0),
+    ),
+    "a load that nobody holds, one number: the first look tells nothing": (
+        [look(5 * place, Jobs(1), listed=1) for place in range(121)],
+        {"most": 1},
+        (1, 1, 0, 0),
     ),
     "a load that nobody holds, one number": (
         [look(5 * place, Jobs(1), listed=1) for place in range(122)],
@@ -365,6 +442,12 @@ CASES = {
         {"most": 1},
         (1, 1, 0, 0),
     ),
+    "no longer stuck: the ten minutes of the others begin anew": (
+        [look(5 * place, Jobs(2, 0), listed=1) for place in range(121)]
+        + [look(605, Jobs(2, 0), listed=1, ended=3), look(610, Jobs(1, 0), listed=1, ended=3)],
+        {"most": 1},
+        (1, 1, 0, 0),
+    ),
     "jobs in hand of nobody: the system may still bring them back": (
         [look(0, Jobs(0, 2)), look(59, Jobs(0, 2))],
         {},
@@ -372,6 +455,22 @@ CASES = {
     ),
     "jobs in hand of nobody for a minute: one is asked for": (
         [look(0, Jobs(0, 2)), look(60, Jobs(0, 2))],
+        {},
+        (1, 0, 1, 0),
+    ),
+    "the first one is asked for at once, whenever the latest was opened": (
+        [look(0, Jobs(0, 2)), look(60, Jobs(0, 2), last_opened=55, ended=1)],
+        {},
+        (1, 0, 1, 0),
+    ),
+    "in hand of nobody once more: the pauses begin anew": (
+        [
+            look(0, Jobs(0, 1)),
+            look(60, Jobs(0, 1)),
+            look(65, Jobs(1, 1), own=(62,)),
+            look(70, Jobs(0, 1), last_opened=62, ended=1),
+            look(130, Jobs(0, 1), last_opened=62, ended=1),
+        ],
         {},
         (1, 0, 1, 0),
     ),
@@ -458,6 +557,18 @@ def test_stranded_the_next_is_asked_for_after_2_4_8_minutes_up_to_an_hour():
     assert not is_stranded(history, at)
 
 
+def test_jobs_that_one_other_worker_may_have_are_not_stranded():
+    history, _ = history_of([look(at, Jobs(0, 2), listed=1) for at in (0, 60)])
+    assert not is_stranded(history, 60)
+
+
+def test_a_number_of_workers_that_stays_takes_one_place_and_no_other_is_lost():
+    """Of weeks nothing piles up; and what is taken back goes by the highest of settle seconds."""
+    numbers = [3, 3, 3, 5, 5, 2, 2, 2]
+    history, _ = history_of([look(at, Jobs(number, 0)) for at, number in enumerate(numbers)])
+    assert history.wanted == ((2, 3), (4, 5), (7, 2))
+
+
 def test_what_was_wanted_before_a_gap_counts_after_it():
     looks = [look(0, Jobs(9, 0)), look(50, NOT_KNOWN, asked=9), look(55, Jobs(0, 0), asked=9)]
     _, decision = history_of(looks)
@@ -492,6 +603,11 @@ NONE = Jobs(0, 0)
         ([NONE, Jobs(0, 1), NONE], 10, True),
         ([NONE, Jobs(1, 0), NONE, NONE, NONE], 10, False),
         ([NONE, NOT_KNOWN, NONE], 10, True),
+        ([NONE, NOT_KNOWN, NONE], 0, True),
+        ([NONE, NONE, NOT_KNOWN, NONE], 0, True),  # one look after a gap is not enough
+        ([NONE, NONE, NOT_KNOWN, NONE, NONE], 10, True),  # nor are two in less than settle
+        ([NONE, Jobs(1, 0), NONE], 0, True),
+        ([Jobs(1, 0), NONE, NONE], 10, True),
         ([Jobs(0), Jobs(0), Jobs(0)], 10, False),
     ],
 )

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 import null_backlog
+import null_count
 from null_backlog import Jobs, NotCounted
 from null_count import restart_pause, watch_backlog
 from tests.kit.following import following
@@ -85,6 +86,32 @@ async def test_nothing_of_it_is_left(monkeypatch):
 async def test_one_that_ends_is_started_again():
     given = [Jobs(7), "exit status 1"]
     assert await asyncio.wait_for(first_of("echo 7; exit 1", 4), 20) == given * 2
+
+
+@pytest.mark.parametrize(("line", "starts"), [("exit 3", [0, 1, 2]), ("echo 7", [0, 0, 0])])
+async def test_the_pauses_get_longer_only_while_no_count_comes(line, starts, monkeypatch):
+    in_vain = []
+    monkeypatch.setattr(null_count, "restart_pause", lambda number: in_vain.append(number) or 0.0)
+    await asyncio.wait_for(first_of(line, 4 if line == "exit 3" else 7), 20)
+    assert in_vain == starts
+
+
+async def test_one_that_has_closed_its_standard_error_is_not_asked_again_and_again(monkeypatch):
+    waits = []
+    wait = null_count._readable
+
+    async def noted(pipes, seconds):
+        waits.append(seconds)
+        await wait(pipes, seconds)
+
+    monkeypatch.setattr(null_count, "_readable", noted)
+    watch = watch_backlog("exec 2>&-; echo 7; sleep 60")
+    assert await anext(watch) == Jobs(7)
+    next_one = asyncio.create_task(anext(watch))
+    await asyncio.wait({next_one}, timeout=1.5)
+    next_one.cancel()
+    await asyncio.wait({next_one})
+    assert len(waits) < 10
 
 
 def test_the_pauses_double_up_to_a_minute():
