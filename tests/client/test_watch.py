@@ -88,10 +88,12 @@ async def test_one_that_ends_is_started_again():
     assert await asyncio.wait_for(first_of("echo 7; exit 1", 4), 20) == given * 2
 
 
-@pytest.mark.parametrize(("line", "starts"), [("exit 3", [0, 1, 2]), ("echo 7", [0, 0, 0])])
-async def test_the_pauses_get_longer_only_while_no_count_comes(line, starts, monkeypatch):
+@pytest.mark.parametrize("line", ["exit 3", "echo 7"])
+@pytest.mark.parametrize(("stays", "starts"), [(60.0, [0, 1, 2]), (0.0, [0, 0, 0])])
+async def test_the_pauses_get_longer_while_it_does_not_stay(line, stays, starts, monkeypatch):
     in_vain = []
     monkeypatch.setattr(null_count, "restart_pause", lambda number: in_vain.append(number) or 0.0)
+    monkeypatch.setattr(null_count, "LONGEST_PAUSE", stays)
     await asyncio.wait_for(first_of(line, 4 if line == "exit 3" else 7), 20)
     assert in_vain == starts
 
