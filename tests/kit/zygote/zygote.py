@@ -10,6 +10,7 @@ asked.
 """
 
 import array
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -44,7 +45,8 @@ def preload(here):
     sys.path[0] = here
     own = [os.path.basename(path)[:-3] for path in glob.glob(os.path.join(here, "null_*.py"))]
     for name in own:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # of an extra that isn't installed
+            importlib.import_module(name)
     for name in (
         "vastai.serverless.server.lib.backend",
         "vastai.serverless.server.lib.metrics",
@@ -59,7 +61,7 @@ def preload(here):
     for name in ("Serverless", "VastAI", "Worker", "WorkerConfig", "HandlerConfig"):
         getattr(vastai, name)  # some are imported only when they are asked for
     for name in own:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
     sys.path[:] = before
     sys.path_importer_cache.clear()
 
