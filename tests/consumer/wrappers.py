@@ -130,7 +130,7 @@ WRAPPERS = (
     Wrapper("dumb-init sh -c 'true && ./consumer'", ("dumb-init",), varies=True),
     Wrapper("chpst -u root ./consumer", ("chpst",)),
     Wrapper("xvfb-run -a ./consumer", ("xvfb-run", "xauth")),
-    Wrapper("script -qec ./consumer /dev/null", ("script",)),
+    Wrapper("script -qec ./consumer /dev/null", ("script",), varies=True),
     Wrapper("unbuffer ./consumer", ("unbuffer",)),
     Wrapper("parallel ::: ./consumer", ("parallel",)),
     Wrapper("parallel --termseq TERM,40000,KILL ::: ./consumer", ("parallel",)),

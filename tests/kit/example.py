@@ -260,6 +260,9 @@ class Run:
         """The processes of `null_worker.py`; the most that there were at once are kept in mind."""
         processes = self.example.processes()
         workers = [process for process in processes if _runs(process, "null_worker.py")]
+        # What a worker is just starting still looks like the worker.
+        pids = {process.pid for process in workers}
+        workers = [process for process in workers if _parent_of(process) not in pids]
         self.most_workers = max(self.most_workers, len(workers))
         return workers
 
@@ -320,6 +323,12 @@ def _lives(process):
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def _parent_of(process):
+    with contextlib.suppress(psutil.Error):
+        return process.ppid()
+    return None
 
 
 def _runs(process, program):

@@ -20,8 +20,8 @@ from tests.kit.processes import listening_ports, marked
 PREFIX = "nt-"  # of the folder, a short name: sockets are made in it
 DAY = 86400.0  # seconds
 # What may be there: pytest's own, what failed consumers wrote, for who asks, and what Python's
-# multiprocessing makes, of jobs that tests have killed.
-STAYS = ("pytest-of-", KEPT_PREFIX, "pymp-")
+# multiprocessing and xvfb-run make, of jobs that tests have killed.
+STAYS = ("pytest-of-", KEPT_PREFIX, "pymp-", "xvfb-run.")
 GRACE = 15.0  # seconds for what is ending: workers wait for their drain
 # What may be made anew beside the project's files.
 MADE = ("__pycache__", ".git", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".venv")
