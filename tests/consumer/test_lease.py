@@ -33,7 +33,8 @@ if child == 0:
     async with program(worker, tmp_path, body) as running:
         await create(vast, worker, lifetime=2)
         await running.until_printed("held ")
-        assert running.output() == "the child's loop is over\nheld True\n"
+        lines = running.output().splitlines()  # from 3.12 on Python warns of the fork between them
+        assert [lines[0], lines[-1]] == ["the child's loop is over", "held True"]
         assert await running.status() == 0
         assert await is_free(worker)
 

@@ -66,8 +66,8 @@ def check_that_jobs_are_done_once_though_a_consumer_is_killed(example, folder, m
     and one more for its job where that comes back only when all others are done.
     """
     high, low, other = queue_names(3)
-    example.put(9, queue=high)
-    example.put(9, queue=low)
+    example.put(9, 3, queue=high)  # so long that three are at work at once on a crowded machine
+    example.put(9, 3, queue=low)
     example.put(2, queue=other)
     assert example.backlog(high, low, "nobody-has-made-it")[0] == 18
     variables = {} if ends else {"NULL_EMPTY": f"examples/{example.name}/backlog {high} {low}"}
