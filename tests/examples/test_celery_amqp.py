@@ -38,10 +38,13 @@ def test_the_watch_tells_what_waits_while_a_worker_works(celery):
     (queue,) = queue_names(1)
     with celery.watch(queue) as watch:
         watch.says(0)
-        celery.put(2, 3, queue=queue)
         with celery.consumer(queue) as consumer:
-            watch.says(1, timeout=60)
+            celery.put(1, 0, queue=queue)
+            celery.until(lambda: celery.outcomes(queue) == (1, 0))  # it begins what it fetches
+            watch.says(0)
+            celery.put(2, 3, queue=queue)
+            watch.says(1)
             consumer.terminate()
             assert consumer.wait(60) == 0
-        watch.says(1)  # it had fetched the second one, and gave it back
-    assert celery.outcomes(queue) == (1, 0)
+            watch.says(1)  # it had fetched the second one, and gave it back
+    assert celery.outcomes(queue) == (2, 0)
