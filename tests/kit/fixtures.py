@@ -67,6 +67,9 @@ async def shared_vast():
 async def vast(shared_vast):
     """LocalVast with its workers ready and free, and an empty record."""
     await eventually(lambda: all(epitaph(each) is None for each in shared_vast.workers.values()))
+    for surplus in list(shared_vast.workers.values())[WORKERS:]:  # an earlier test's own
+        surplus.send_signal(signal.SIGKILL)
+    await eventually(lambda: len(shared_vast.workers) <= WORKERS)
     for _ in range(WORKERS - len(shared_vast.workers)):
         shared_vast.start_worker()
     await eventually(lambda: all(worker.free for worker in shared_vast.workers.values()))

@@ -174,12 +174,15 @@ class FaultyVast(LocalVast):
         self._tls = tls
         self._certificates = None
         self.router = None  # in the block
+        self.closed = set()  # workers that nobody reaches, see closed_worker()
         self.begin_anew()
 
     def begin_anew(self):
         """Forget the record, and switch all faults off."""
         self.first_request = self.last_request + 1  # of those that are recorded from now on
         self.waiting.clear()
+        for closed in list(self.closed):
+            self.remove(closed)
         self.failed_starts = 0
 
         # The record
@@ -199,7 +202,6 @@ class FaultyVast(LocalVast):
         self.publish_key = True  # False: the key server answers 404
         self.failing_lists = []  # statuses with which the next lists are answered
         self.list_lag = 0.0  # seconds, at most LONGEST_LAG, by which the list is late
-        self.closed = set()  # workers that nobody reaches, see closed_worker()
 
         self.hedges = []  # pairs of workers of which one is to go
         self.old_lists = deque()  # of (when, list), from LONGEST_LAG ago on

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import types
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 CONTROL = 0  # the descriptor of the socket
@@ -38,9 +39,32 @@ LENGTH = 8  # bytes that say how long a message is
 
 # What is imported, and kept
 
+codes = {}  # of a file's path: which version of it was compiled, and its code
+
+
+def code_of(path):
+    """The code of a file, compiled once as long as it doesn't change."""
+    status = os.stat(path)
+    version = (status.st_mtime_ns, status.st_size, status.st_ino)
+    if codes.get(path, (None,))[0] != version:
+        text = Path(path).read_bytes()
+        codes[path] = version, compile(text, path, "exec", dont_inherit=True)
+    return codes[path][1]
+
+
+def keep_code(here):
+    """Compile the project's modules once, where Python may not write the code beside them."""
+    get_code = SourceFileLoader.get_code
+
+    def get_kept_code(loader, name):
+        path = loader.path
+        return code_of(path) if os.path.dirname(path) == here else get_code(loader, name)
+
+    SourceFileLoader.get_code = get_kept_code
+
 
 def preload(here):
-    """Import what the programs import, but keep none of their own modules."""
+    """Import what the programs import, but keep no more than the code of their own modules."""
     before = sys.path[1:]  # without this folder
     sys.path[0] = here
     own = [os.path.basename(path)[:-3] for path in glob.glob(os.path.join(here, "null_*.py"))]
@@ -90,13 +114,14 @@ def fork(control):
     The child's parent ends at once. The child is then one of the process that asked for it, which
     is an ancestor, and a subreaper meanwhile.
     """
-    codes = {}
     while True:
         request, fds = receive(control)
         if request is None:
             os._exit(0)
         path = request["path"]
-        code = None if path is None else code_of(path, codes)
+        code = None
+        with contextlib.suppress(SyntaxError):  # the child says so
+            code = path and code_of(path)
         inner, outer = os.pipe()
         middle = os.fork()
         if not middle:
@@ -112,20 +137,6 @@ def fork(control):
         for each in fds:
             os.close(each)
         control.sendall(pid)
-
-
-def code_of(path, codes):
-    """The code of a script, compiled once as long as it doesn't change."""
-    status = os.stat(path)
-    version = (status.st_mtime_ns, status.st_size, status.st_ino)
-    if codes.get(path, (None,))[0] != version:
-        with open(path, "rb") as file:
-            codes[path] = version, file.read()
-        try:
-            codes[path] = version, compile(codes[path][1], path, "exec", dont_inherit=True)
-        except SyntaxError:
-            return None  # compiled again by the child, which says so
-    return codes[path][1]
 
 
 # The child
@@ -282,6 +293,7 @@ def run():
         os.dup2(nothing.fileno(), CONTROL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the tests' process
     here = sys.argv[1]
+    keep_code(here)
     preload(here)
     forking = forking_of(here)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads can't be forked so"
