@@ -183,6 +183,20 @@ async def _carry_through(task: _Undisturbed) -> None:
     task.result()
 
 
+async def _close(http: aiohttp.ClientSession) -> None:
+    """Close the session also where asyncio.run() cancels a part of that.
+
+    aiohttp 3.14 waits for the connections in a task of its own. When that is cancelled, it doesn't
+    come to close the resolver, whose thread would then live as long as the process.
+    """
+    connector = http.connector
+    try:
+        await http.close()
+    except asyncio.CancelledError:
+        if connector is not None:
+            await connector.close()
+
+
 class _PerLoop:
     """What the reservations of one event loop share, for as long as there are any."""
 
@@ -213,7 +227,7 @@ class _PerLoop:
             shared.users -= 1
             if shared.users == 0:
                 del cls._of[loop]
-                await _carry_through(_Undisturbed(shared.http.close()))
+                await _carry_through(_Undisturbed(_close(shared.http)))
 
     @contextlib.contextmanager
     def in_line(self, request: _Request) -> Iterator[None]:
@@ -522,7 +536,7 @@ class Reservation:
             self._set_ended(ReservationError(why))
         else:
             await asyncio.wait({self._begin_closing()})
-        await self._http.close()
+        await _close(self._http)
 
     def _begin_closing(self) -> _Undisturbed:
         """Close the session once, however many ask for it."""
@@ -710,7 +724,7 @@ class _Request:
                 closed = await _end_session(http, url, session)
             if not closed:
                 _tell_not_closed(session_id, url, self._payload["lifetime"])
-        await http.close()
+        await _close(http)
 
 
 def _check_lifetime(lifetime: object) -> None:

@@ -107,8 +107,8 @@ class Storm:
 def polls():
     """How many epolls this process has: of its event loops, and of aiohttp's resolvers.
 
-    A resolver of aiodns has a thread of c-ares with an epoll of its own. aiohttp doesn't close it
-    but drops it, so it goes when nothing refers to it any more: at times that takes a collection.
+    A resolver of aiodns has a thread of c-ares with an epoll of its own, which goes in the
+    background when the resolver was closed and collected.
     """
     gc.collect()
     count = 0
