@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit.environment import BARE, HERE
-from tests.kit.forking import WANTED, execute_child, forking, signature
+from tests.kit.forking import WANTED, closing, execute_child, forking, signature
 
 LOOK = """
 import json, os, resource, signal, subprocess, sys, threading, time
@@ -73,6 +73,33 @@ def test_a_forked_program_sees_of_itself_what_a_started_one_sees(kind, options, 
     start = [sys.executable, *(["-c", LOOK] if kind == "code" else [script]), "one", "two words"]
     forked, started = looks_of(start, **options)
     assert forked == started
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("kind", ["file", "code", "module"])
+def test_a_program_without_standard_files_is_forked_as_it_starts(kind, closed, tmp_path):
+    look = f"""if True:
+        import os, stat, sys, json
+        seen = [sys.argv, sys.path, sys.stdin is None, sys.stdout is None, sys.stderr is None]
+        for number in range(3):
+            try:
+                seen.append(stat.S_IFMT(os.fstat(number).st_mode))
+            except OSError:
+                seen.append(None)
+        with open({str(tmp_path / "seen")!r}, "w") as file:
+            json.dump(seen, file)
+    """
+    (tmp_path / "null_look.py").write_text(look)
+    named = {"file": ["null_look.py"], "code": ["-c", look], "module": ["-m", "null_look"]}
+    command = closing(closed, sys.executable, *named[kind], "two words")
+    looks = []
+    for forks in (True, False):
+        with forking.paused():
+            forking.on = forks
+            subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, check=True)
+        looks.append(json.loads((tmp_path / "seen").read_text()))
+    assert looks[0] == looks[1]
+    assert looks[0][-3:].count(None) == len(closed.split())
 
 
 def test_what_was_ignored_blocked_limited_and_passed_on_is_so_in_a_fork():
@@ -147,6 +174,7 @@ def test_forks_are_children_of_this_process_and_know_when_it_has_gone():
         (["look.py"], {}, True),
         (["-I", "-c", LOOK], {}, False),
         (["-m", "look"], {}, False),
+        (["-m", "null_worker"], {}, True),
         (["nothing.py"], {}, False),
         (["-c", LOOK], {"env": {**BARE, "PYTHONPATH": "/elsewhere"}}, True),
         (["-c", LOOK], {"env": {**BARE, "PYTHONPATH": "custom"}}, False),

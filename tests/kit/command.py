@@ -13,6 +13,7 @@ import sys
 import termios
 
 from tests.kit.environment import BARE, HERE
+from tests.kit.forking import closing
 from tests.kit.waiting import eventually
 
 
@@ -49,7 +50,7 @@ class Command:
             } | environment
         command = [sys.executable, *map(str, command), *arguments]
         if isinstance(output, str) and "&-" in output:
-            command = ["sh", "-c", f'exec "$@" {output}', "sh", *command]
+            command = closing(output, *command)
         self._unread, self.terminal, stdout = None, None, subprocess.PIPE
         if output == "full":
             stdout = os.open("/dev/full", os.O_WRONLY)

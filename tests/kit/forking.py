@@ -1,9 +1,10 @@
 """Start the programs under test by forking: most of a start is importing Vast's SDK.
 
-While it is on, `subprocess.Popen`, and so asyncio's subprocesses, start `python FILE ARG ...` and
-`python -c CODE ARG ...` by asking a process that has imported the SDK (zygote.py) to fork. The
-child is a child of this process, with a pid of its own, like any other. The workers of a
-`null_client.py --local` are forked by a zygote of its own.
+While it is on, `subprocess.Popen`, and so asyncio's subprocesses, start `python FILE ARG ...`,
+`python -c CODE ARG ...`, and our own modules by `python -m MODULE ARG ...`, by asking a process
+that has imported the SDK (zygote.py) to fork. The child is a child of this process, with a pid of
+its own, like any other. The workers of a `null_client.py --local` are forked by a zygote of its
+own. A shell that closes standard files and becomes the program is left out: see `closing()`.
 
 What a fork can't stand for starts as ever: other programs, options of Python's, variables that
 Python or a module reads when it starts, a module beside the script, or on its path, that hides one
@@ -32,6 +33,8 @@ LENGTH = 8  # bytes that say how long a message is
 ROOM = 100_000  # bytes for the arguments, and for the environment, of a child
 # What is read when Python starts, or when the SDK is imported.
 READ_AT_START = re.compile("PYTHON(?!PATH$)|LC_|LANG|SSL_|VAST_LOG|VAST_URL|IS_DEPLOYMENT|AIOHTTP")
+SHELL = ("sh", "-c", re.compile(r'exec "\$@"((?: [012]?[<>]&-)+)'), "sh")  # see closing()
+MODULE = re.compile(r"null_\w+|workers\.null\.\w+")
 WANTED = {"close_fds": True, "preexec_fn": None, "shell": False, "startupinfo": None}
 WANTED |= {"gid": None, "gids": None, "uid": None, "umask": -1, "process_group": -1}
 
@@ -138,6 +141,20 @@ class Forking:
 forking = Forking()
 
 
+def closing(closed, *command):
+    """The command, without the standard files that a shell closes by `>&- 2>&-`, for example."""
+    return ["sh", "-c", f'exec "$@" {closed}', "sh", *map(os.fspath, command)]
+
+
+def taken_apart(command):
+    """The command that a shell becomes, and the descriptors that it closes before."""
+    shell, line = command[:4], SHELL[2].fullmatch(os.fspath(command[2])) if command[2:] else None
+    if line is None or [shell[0], shell[1], shell[3:]] != ["sh", "-c", ["sh"]]:
+        return command, set()
+    numbers = [word[0] if word[0].isdigit() else "01"[word[0] == ">"] for word in line[1].split()]
+    return command[4:], set(map(int, numbers))
+
+
 def execute_child(popen, *arguments, **named):
     """In the place of Popen._execute_child(): fork where that is the same."""
     start = signature.bind(popen, *arguments, **named).arguments
@@ -159,12 +176,12 @@ def can_fork(start):
         return False
     if isinstance(start["args"], (str, bytes, os.PathLike)):
         return False
-    arguments = [os.fspath(each) for each in start["args"]]
+    arguments, _ = taken_apart([os.fspath(each) for each in start["args"]])
     if len(arguments) < 2 or arguments[0] != sys.executable:
         return False
     if not all(isinstance(each, str) for each in arguments):
         return False
-    if start["executable"] not in (None, arguments[0]):
+    if start["executable"] not in (None, start["args"][0]):
         return False
     cwd = os.fspath(start["cwd"] or ".")
     if not os.path.isdir(cwd) or not all(_is_open(number) for number in (0, 1, 2)):
@@ -183,7 +200,7 @@ def _is_open(number):
 
 def _is_plain(arguments, cwd):
     """Whether these are a script or code, with no module beside it that hides another."""
-    if arguments[1] == "-c":
+    if arguments[1] == "-c" or (arguments[1] == "-m" and MODULE.fullmatch(arguments[2])):
         folder = cwd
     elif arguments[1].startswith("-") or not os.path.isfile(os.path.join(cwd, arguments[1])):
         return False
@@ -215,19 +232,23 @@ def _fits(arguments, environment):
 
 def request_of(start):
     """What the zygote has to know, and the descriptors that the child gets."""
-    arguments = [os.fspath(each) for each in start["args"]]
+    arguments, closed = taken_apart([os.fspath(each) for each in start["args"]])
     cwd = os.path.abspath(os.fspath(start["cwd"] or "."))
     environment = os.environ if start["env"] is None else start["env"]
     path = first_path = code = None
     if arguments[1] == "-c":
         code, first_path = arguments[2], ""
         arguments_seen = [arguments[0], "-c", *arguments[3:]]
+    elif arguments[1] == "-m":
+        code, first_path = f"import runpy; runpy._run_module_as_main({arguments[2]!r})", cwd
+        arguments_seen = [arguments[0], "-m", *arguments[3:]]
     else:
         path = os.path.join(cwd, arguments[1])
         first_path = os.path.dirname(os.path.realpath(path))
         arguments_seen = arguments
     standard = {0: start["p2cread"], 1: start["c2pwrite"], 2: start["errwrite"]}
     descriptors = {number: number if fd == -1 else fd for number, fd in standard.items()}
+    descriptors = {number: fd for number, fd in descriptors.items() if number not in closed}
     descriptors |= {number: number for number in start["pass_fds"]}
     ignored = [
         number
@@ -245,13 +266,18 @@ def request_of(start):
         "environment": {os.fspath(name): os.fspath(environment[name]) for name in environment},
         "cwd": cwd,
         "session": start["start_new_session"],
-        "starts_workers": Path(path or "").name == "null_client.py" and "--local" in arguments,
+        "starts_workers": "--local" in arguments and is_client(arguments),
         "fds": list(descriptors),
         "ignored": ignored,
         "blocked": list(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         "limits": [limit_of(number) for number in range(16)],
     }
     return request, list(descriptors.values())
+
+
+def is_client(arguments):
+    program = arguments[2] if arguments[1] == "-m" else Path(arguments[1]).name
+    return program in ("null_client.py", "null_client", "workers.null.client")
 
 
 def limit_of(number):

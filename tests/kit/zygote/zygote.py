@@ -169,12 +169,12 @@ def become(request, fds):
 
 def place_descriptors(received, wanted):
     """Give what was received its numbers, and close all else."""
-    above = max(wanted) + 1
+    above = max([2, *wanted]) + 1
     spare = [fcntl.fcntl(each, fcntl.F_DUPFD, above) for each in received]
     os.closerange(0, above)
     for each, number in zip(spare, wanted, strict=True):
         os.dup2(each, number, inheritable=number != OWN_ZYGOTE)
-    os.closerange(above, max(*received, *spare) + 1)
+    os.closerange(above, max([above, *received, *spare]) + 1)
 
 
 def set_signals(ignored, blocked):
@@ -205,9 +205,15 @@ def overwrite(arguments, environment):
 
 
 def open_standard_files():
-    """New ones: the zygote's know whether its own files were terminals."""
+    """New ones: the zygote's know whether its own files were terminals. None where it is closed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old = getattr(sys, name)
+        try:
+            os.fstat(number)
+        except OSError:
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
+            continue
         writes = number > 0
         unbuffered = old.write_through  # PYTHONUNBUFFERED
         raw = io.FileIO(number, "w" if writes else "r", closefd=False)
