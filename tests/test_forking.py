@@ -126,6 +126,10 @@ def test_what_was_ignored_blocked_limited_and_passed_on_is_so_in_a_fork():
         ("", 0),
         ("raise SystemExit(7)", 7),
         ("raise SystemExit('a word')", 1),
+        ("raise SystemExit(-1)", 255),
+        ("raise SystemExit(True)", 1),
+        ("import sys; sys.stdout.close()", 0),
+        ("import weakref; this = set(); weakref.finalize(this, print, 'gone')", 0),
         ("1 / 0", 1),
         ("1 +", 1),
         ("import os; os._exit(9)", 9),
@@ -134,6 +138,7 @@ def test_what_was_ignored_blocked_limited_and_passed_on_is_so_in_a_fork():
         ("import atexit; atexit.register(print, 'end'); print('no end', end='; ')", 0),
         ("import threading; threading.Timer(0.1, print, ['late']).start()", 0),
         ("print('to a closed pipe' * 100000)", 1),
+        ("import sys; sys.stdout = open(1, 'w', closefd=False); print('to a closed pipe')", 120),
     ],
 )
 def test_a_fork_ends_as_a_start_does(code, status):

@@ -10,6 +10,7 @@ asked.
 """
 
 import array
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -26,6 +27,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import types
 from importlib.machinery import SourceFileLoader
@@ -309,5 +311,25 @@ def run():
     return child_of(control, told, forking)
 
 
+def finish(status):
+    """End as Python does, but don't take apart what the zygote has imported: that takes long."""
+    threading._shutdown()  # waits for the threads
+    atexit._run_exitfuncs()
+    try:
+        for file in (sys.stdout, sys.stderr):
+            if file is not None and not file.closed:
+                file.flush()
+    except Exception:  # noqa: BLE001  Python says so, and has a status for it
+        sys.exit(status)
+    os._exit(status & 0xFF)
+
+
 if __name__ == "__main__":
-    exec(*run())
+    try:
+        exec(*run())
+    except SystemExit as end:
+        if not (end.code is None or isinstance(end.code, int)):
+            raise
+        finish(end.code or 0)
+    else:
+        finish(0)
