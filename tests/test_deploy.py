@@ -6,7 +6,6 @@ there.
 
 import argparse
 import http.server
-import importlib.metadata
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import threading
 import pytest
 
 from tests.kit.example import PATH, which
-from tests.kit.pages import blocks
+from tests.kit.pages import blocks, for_vastai
 
 KEY = "a-key-of-no-account"
 HASHES = ["0123456789abcdef", "fedcba9876543210"]  # of the template, and of its next version
@@ -26,17 +25,7 @@ CHANGED = ("PUT", "/api/v1/template/")
 DEFAULT = " verified=True rentable=True rented=False"  # what the command adds to a search
 
 
-def version_of_vastai():
-    try:
-        version = importlib.metadata.version("vastai")
-    except importlib.metadata.PackageNotFoundError:  # it had another name once
-        return (0,)
-    return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-pytestmark = pytest.mark.skipif(
-    version_of_vastai() < (1, 9), reason="the lines are for vastai 1.9 and later"
-)
+pytestmark = for_vastai
 
 
 def deploying():

@@ -18,7 +18,7 @@ import null_consumer
 import null_metrics
 import null_worker
 from tests.kit.environment import BARE, HERE
-from tests.kit.pages import PAGES, blocks, commands, rows, section
+from tests.kit.pages import PAGES, blocks, commands, for_vastai, rows, section
 
 API = "docs/api.md"
 CODE = sorted(HERE.glob("null_*.py"))
@@ -333,6 +333,7 @@ def vastai_names():
     ]
 
 
+@for_vastai
 def test_vastai_takes_every_line_of_the_pages(tmp_path):
     lines = vastai_lines()
     assert len(lines) > 20

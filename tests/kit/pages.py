@@ -1,8 +1,11 @@
 """The pages for people: their text, the blocks of code in them, their tables, their links."""
 
+import importlib.metadata
 import re
 import shlex
 from typing import NamedTuple
+
+import pytest
 
 from tests.kit.environment import HERE
 
@@ -10,6 +13,19 @@ PAGES = {
     str(path.relative_to(HERE)): path.read_text()
     for path in sorted([*HERE.glob("*.md"), *HERE.glob("docs/*.md"), *HERE.glob("findings/*.md")])
 }
+
+
+def version_of_vastai():
+    try:
+        version = importlib.metadata.version("vastai")
+    except importlib.metadata.PackageNotFoundError:  # it had another name once
+        return (0,)
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+for_vastai = pytest.mark.skipif(
+    version_of_vastai() < (1, 9), reason="the lines are for vastai 1.9 and later"
+)
 
 
 class Block(NamedTuple):
