@@ -1,11 +1,15 @@
 """How long a job waits between `put in` and `worked on`, with a worker free; what counting costs.
 
-    python tests/latency.py [--checkout DIR] [--rounds 20] [files|rq ...]
+    python tests/latency.py [--checkout DIR] [--rounds 20] [files|rq|parts ...]
 
 In each round one job is put in, at any moment between two looks; the consumer takes it in no time.
 Prints the median of the rounds, with --backlog at its default and, where the checkout has it, with
 --watch; and the CPU that counting takes of one core, for RQ at one look a second. `rq` needs
 redis-server and redis-cli.
+
+`parts` takes the way from `asked for` to `worked on` apart: the router's answer, the worker's to a
+create, the control server's to a consumer that waits, and the start of COMMAND. It is of this
+version's files only.
 """
 
 import argparse
@@ -24,6 +28,8 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+
+import aiohttp
 
 COUNTED_FOR = 20.0  # seconds
 
@@ -92,22 +98,28 @@ def backlog_of(checkout, name, watch):
     return partial(run_backlog, line)
 
 
-async def rounds(args, name, queue, watch, folder):
-    """Seconds from `put in` to `worked on`, of each round."""
-    from null_client import follow
+@contextlib.asynccontextmanager
+async def free_worker(command):
+    """LocalVast's only worker, whose NULL_CONSUMER this is, and the endpoint."""
     from null_local import LocalVast
 
-    started = Path(folder, "started")
-    os.environ["NULL_CONSUMER"] = f"exec >>{started}; {queue.consumer}"
-    seconds = []
-    dispatcher = Dispatcher()
-    async with contextlib.AsyncExitStack() as stack:
-        vast = await stack.enter_async_context(LocalVast(1, inactivity_timeout=3600))
+    os.environ["NULL_CONSUMER"] = command
+    async with LocalVast(1, inactivity_timeout=3600) as vast, vast.client() as client:
         vast.start_worker()
         while not all(worker.free for worker in vast.workers.values()):
             await asyncio.sleep(0.1)
-        client = await stack.enter_async_context(vast.client())
-        endpoint = await client.get_endpoint(vast.endpoint_name)
+        (worker,) = vast.workers.values()
+        yield worker, await client.get_endpoint(vast.endpoint_name)
+
+
+async def rounds(args, name, queue, watch, folder):
+    """Seconds from `put in` to `worked on`, of each round."""
+    from null_client import follow
+
+    started = Path(folder, "started")
+    seconds = []
+    dispatcher = Dispatcher()
+    async with free_worker(f"exec >>{started}; {queue.consumer}") as (_, endpoint):
         backlog = backlog_of(args.checkout, name, watch)
         following = asyncio.create_task(
             follow(endpoint, backlog, 1, on_progress=dispatcher.note, on_trouble=print)
@@ -126,6 +138,53 @@ async def rounds(args, name, queue, watch, folder):
         following.cancel()
         await asyncio.wait({following})
     return seconds
+
+
+async def parts(count, folder):
+    """Seconds of each part of the way, of each round."""
+    import null_reservation
+
+    answered = {}  # of a route, when
+
+    async def request(http, method, url, *arguments, **options):
+        answer = await original(http, method, url, *arguments, **options)
+        answered[url.rpartition("//")[2].partition("/")[2]] = time.time()
+        return answer
+
+    original, null_reservation._request = null_reservation._request, request
+    taken = {"router": [], "create": [], "consumer told": [], "COMMAND started": []}
+    started = Path(folder, "started")
+    command = f"exec date +%s.%N >>{started}"
+    async with free_worker(command) as (worker, endpoint), aiohttp.ClientSession() as http:
+        for number in range(count):
+            await asyncio.sleep(random.uniform(1, 2))
+            waiting = asyncio.create_task(told(http, f"{worker.control_url}/session?wait=60"))
+            await asyncio.sleep(0.5)
+            asked = time.time()
+            async with null_reservation.reserve(endpoint) as reservation:
+                await reservation.ended()
+            lines = started.read_text().splitlines()
+            assert len(lines) == number + 1
+            times = [asked, answered["route/"], answered["session/create"], await waiting]
+            times.append(float(lines[-1]))
+            for name, before, after in zip(taken, times, times[1:], strict=False):
+                taken[name].append(after - before)
+    return taken
+
+
+async def told(http, url):
+    """When the control server has said that there is a reservation."""
+    async with http.get(url) as answer:
+        assert (await answer.json())["session_id"]
+    return time.time()
+
+
+def print_parts(count):
+    with tempfile.TemporaryDirectory() as folder:
+        taken = asyncio.run(parts(count, folder))
+    for name, seconds in taken.items():
+        median, worst = statistics.median(seconds), max(seconds)
+        print(f"{name}: median {median * 1000:.0f} ms, most {worst * 1000:.0f}")
 
 
 def cpu_of(command, environment, again):
@@ -156,6 +215,9 @@ def main():
     sys.path.insert(0, str(args.checkout))
     import null_client
 
+    if "parts" in args.queues:
+        print_parts(args.rounds)
+        args.queues.remove("parts")
     has_watch = "AsyncIterable" in str(inspect.signature(null_client.follow))
     for name in args.queues:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
