@@ -9,6 +9,7 @@ from tests.kit.own_environment import environment_of
 from tests.kit.promises import (
     check_a_run_in_which_much_goes_wrong,
     check_named_queues_without_a_worker,
+    check_that_a_late_job_is_done_before_once_ends,
     check_the_watch,
 )
 
@@ -58,15 +59,24 @@ def test_sigterm_lets_a_job_be_finished_and_a_dead_workers_job_waits_again(arq):
         watch.says(1, 0, timeout=60)
 
 
-def test_a_delayed_job_waits_as_soon_as_it_is_due(arq):
+def put_late(arq, seconds):
     put = (
         "import asyncio, arq, tasks\n"
         "async def main():\n"
         "    redis = await arq.create_pool(tasks.WorkerSettings.redis_settings)\n"
-        "    await redis.enqueue_job('work', 0, _queue_name='jobs', _defer_by=8)\n"
+        "    await redis.enqueue_job('work', 0, _queue_name='jobs', _defer_by=SECONDS)\n"
         "asyncio.run(main())"
     )
-    arq.run_python(put)
+    arq.run_python(put.replace("SECONDS", str(seconds)))
+
+
+def test_a_delayed_job_is_done_before_once_ends(arq, tmp_path):
+    put_late(arq, 15)
+    check_that_a_late_job_is_done_before_once_ends(arq, tmp_path)
+
+
+def test_a_delayed_job_waits_as_soon_as_it_is_due(arq):
+    put_late(arq, 8)
     with arq.watch() as watch:
         watch.says(0, 0)
         watch.says(1, 0)

@@ -11,6 +11,7 @@ from tests.kit.promises import (
     QUEUES,
     check_a_run_in_which_much_goes_wrong,
     check_named_queues_without_a_worker,
+    check_that_a_late_job_is_done_before_once_ends,
     check_the_watch,
 )
 
@@ -87,16 +88,26 @@ def test_sigterm_lets_the_job_be_finished_and_takes_no_other(bullmq, redis):
     assert bullmq.backlog() == (1, 0, 1)
 
 
-def test_a_delayed_job_waits_as_soon_as_it_is_due(bullmq):
-    put = """
-        const { Queue } = require("bullmq");
-        const { connection } = require("./queue.js");
-        const queue = new Queue("jobs", { connection });
-        queue.add("work", { seconds: 0 }, { delay: 8000 }).then(() => queue.close());
+def put_late(bullmq, seconds):
+    put = f"""
+        const {{ Queue }} = require("bullmq");
+        const {{ connection }} = require("./queue.js");
+        const queue = new Queue("jobs", {{ connection }});
+        queue.add("work", {{ seconds: 0 }}, {{ delay: {seconds}000 }}).then(() => queue.close());
     """
     subprocess.run(
         [which("node"), "-e", put], cwd=bullmq.folder, env=bullmq.environment, check=True
     )
+
+
+@pytest.mark.long
+def test_a_delayed_job_is_done_before_once_ends(bullmq, tmp_path):
+    put_late(bullmq, 15)
+    check_that_a_late_job_is_done_before_once_ends(bullmq, tmp_path)
+
+
+def test_a_delayed_job_waits_as_soon_as_it_is_due(bullmq):
+    put_late(bullmq, 8)
     with bullmq.watch() as watch:
         watch.says(0, 0, 0)
         watch.says(1, 0, 0)

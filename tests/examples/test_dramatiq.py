@@ -9,6 +9,7 @@ from tests.kit.example import Example, kill, redis_program, redis_server
 from tests.kit.promises import (
     QUEUES,
     check_named_queues_without_a_worker,
+    check_that_a_late_job_is_done_before_once_ends,
     check_the_watch,
 )
 
@@ -68,8 +69,20 @@ def test_a_job_in_hand_outlives_its_worker_also_while_no_other_runs(redis_url):
         watch.says(1, 0)
 
 
+def put_late(dramatiq, seconds):
+    send = f"tasks.work.send_with_options(args=(0,), delay={seconds}000)"
+    dramatiq.run_python(f"import tasks; {send}")
+
+
+@pytest.mark.long
+def test_a_delayed_job_is_done_before_once_ends(dramatiq, tmp_path):
+    put_late(dramatiq, 15)
+    empty = "examples/dramatiq/backlog"
+    check_that_a_late_job_is_done_before_once_ends(dramatiq, tmp_path, NULL_EMPTY=empty)
+
+
 def test_a_delayed_job_waits_as_soon_as_it_is_due(dramatiq):
-    dramatiq.run_python("import tasks; tasks.work.send_with_options(args=(0,), delay=8000)")
+    put_late(dramatiq, 8)
     with dramatiq.watch() as watch:
         watch.says(0, 0)
         watch.says(1, 0)

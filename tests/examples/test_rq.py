@@ -12,6 +12,7 @@ from tests.kit.promises import (
     QUEUES,
     check_a_run_in_which_much_goes_wrong,
     check_named_queues_without_a_worker,
+    check_that_a_late_job_is_done_before_once_ends,
     check_the_watch,
 )
 
@@ -123,6 +124,12 @@ def test_a_scheduled_job_waits_as_soon_as_it_is_due(rq, queue):
     with rq.consumer() as consumer:
         assert consumer.wait(30) == 0
     assert rq.backlog() == (0, 0, 1)
+
+
+@pytest.mark.long
+def test_a_retry_that_is_due_later_is_done_before_once_ends(rq, queue, tmp_path):
+    queue.enqueue_in(datetime.timedelta(seconds=15), "tasks.work", 0)
+    check_that_a_late_job_is_done_before_once_ends(rq, tmp_path)
 
 
 def test_a_job_is_in_hand_from_the_moment_it_is_taken_and_counts_once(rq, queue):

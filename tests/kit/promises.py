@@ -65,6 +65,14 @@ def check_named_queues_without_a_worker(example, *, last=(0,), ends=True):
     assert example.backlog("other")[:2] == (1, 0)
 
 
+def check_that_a_late_job_is_done_before_once_ends(example, folder, **variables):
+    """A job was put in that is due in 15 s. `--settle` has its default, which is longer."""
+    assert example.backlog()[:2] == (0, 0)
+    with example.command(folder, "--once", "--max", "1", **variables) as run:
+        assert run.status() == 0, run.said()
+    assert example.outcomes() == (1, 0), run.said()
+
+
 def check_the_watch(example, url, *, last=(0,)):
     """It prints a change at once, what it has at least each five seconds, and ends with its server.
 
