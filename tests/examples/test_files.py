@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit.example import Example
+from tests.kit.promises import check_a_run_in_which_much_goes_wrong
 
 
 @pytest.fixture
@@ -45,6 +46,12 @@ def test_several_consumers_share_the_jobs_and_each_is_done_once(files):
     assert all(" try 1 " in line for line in results)
     done_by = {line.split("pid=")[1].split()[0] for line in results}
     assert len(done_by) > 1
+
+
+@pytest.mark.long
+def test_all_are_done_though_a_consumer_is_killed_and_poisoned_jobs_go_aside(files, tmp_path):
+    folders = [str(tmp_path / name) for name in ("high", "low", "other")]
+    check_a_run_in_which_much_goes_wrong(files, tmp_path, end=(0, 0, 20), dies=3, queues=folders)
 
 
 def test_what_is_worked_on_is_in_hand_and_free_again_as_soon_as_its_worker_is_dead(files):

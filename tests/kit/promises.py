@@ -9,7 +9,7 @@ QUEUES = ("high", "low")
 
 
 def check_a_run_in_which_much_goes_wrong(
-    example, folder, *, end, dies=0, after_kill=None, **variables
+    example, folder, *, end, dies=0, after_kill=None, queues=(*QUEUES, "other"), **variables
 ):
     """Eighteen jobs of a second in two queues, two that never end well, and a consumer is killed.
 
@@ -17,14 +17,15 @@ def check_a_run_in_which_much_goes_wrong(
     system takes to give a dead worker's job back. `end` is what the last count must be, and `dies`
     how many consumers the job takes with it that kills its process.
     """
-    example.put(1, "fail", queue="high")
-    example.put(1, "kill", queue="high")
-    example.put(9, queue="high")
-    example.put(9, queue="low")
-    example.put(1, 0, queue="other")
+    high, low, other = queues
+    example.put(1, "fail", queue=high)
+    example.put(1, "kill", queue=high)
+    example.put(9, queue=high)
+    example.put(9, queue=low)
+    example.put(1, 0, queue=other)
     options = ("--max", "3", "--settle", "3", "--once")
-    with example.command(folder, *options, queues=QUEUES, **variables) as run:
-        with example.watch(*QUEUES) as watch:
+    with example.command(folder, *options, queues=(high, low), **variables) as run:
+        with example.watch(high, low) as watch:
             run.until(lambda: watch.lines and watch.lines[-1][1] == 3)
         run.kill_consumer()
         if after_kill:
@@ -32,9 +33,9 @@ def check_a_run_in_which_much_goes_wrong(
         assert run.status() == 0, run.said()
         assert run.most_workers == 3
         assert example.processes() == []
-    assert example.backlog(*QUEUES) == end
-    assert example.outcomes(*QUEUES) == (18, 2)
-    assert example.backlog("other")[0] == 1
+    assert example.backlog(high, low) == end
+    assert example.outcomes(high, low) == (18, 2)
+    assert example.backlog(other)[0] == 1
     # Three workers, one more for each consumer that died. As many again may have found nothing to
     # do: a count is a look old, and on a busy machine a job that was seen waiting is taken by then.
     needed = 3 + 1 + dies
