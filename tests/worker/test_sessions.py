@@ -111,7 +111,7 @@ async def test_a_creator_that_is_gone_leaves_the_worker_free(vast, worker, reset
 
 async def test_what_happens_while_a_report_is_under_way_is_in_the_next(vast, worker):
     await silence(vast)
-    vast.report_delay, count, rejected = 0.3, 1200, 0
+    vast.report_delay, count, rejected = 0.3, 400, 0
     async with aiohttp.ClientSession() as http:
         for number in range(count):
             body = {"auth_data": vast.auth_data(worker), "payload": {"lifetime": 60}}
