@@ -1,6 +1,6 @@
 """How long a job waits between `put in` and `worked on`, with a worker free; what counting costs.
 
-    python tests/latency.py [--checkout DIR] [--rounds 20] [files|rq|parts ...]
+    python tests/latency.py [--checkout DIR] [--rounds 20] [files|rq|parts|changes ...]
 
 In each round one job is put in, at any moment between two looks; the consumer takes it in no time.
 Prints the median of the rounds, with --backlog at its default and, where the checkout has it, with
@@ -8,8 +8,9 @@ Prints the median of the rounds, with --backlog at its default and, where the ch
 redis-server and redis-cli.
 
 `parts` takes the way from `asked for` to `worked on` apart: the router's answer, the worker's to a
-create, the control server's to a consumer that waits, and the start of COMMAND. It is of this
-version's files only.
+create, the control server's to a consumer that waits, and the start of COMMAND. `changes` is the
+CPU that the command with LocalVast takes of one core, at a thousand changes a second and at one.
+Both are of this version's files only, and `changes` needs psutil.
 """
 
 import argparse
@@ -187,6 +188,34 @@ def print_parts(count):
         print(f"{name}: median {median * 1000:.0f} ms, most {worst * 1000:.0f}")
 
 
+COUNT = """
+import itertools, sys, time
+began_at, rate = time.monotonic(), float(sys.argv[1])
+for number in itertools.count():
+    print(1 + number % 2, 1, flush=True)
+    time.sleep(max(0, began_at + number / rate - time.monotonic()))
+"""
+
+
+def print_changes(checkout):
+    import psutil
+
+    for rate in (1000, 1):
+        line = shlex.join(["exec", sys.executable, "-c", COUNT, str(rate)])
+        command = ["null_client.py", "--local", "--watch", line, "--max", "1"]
+        nothing = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        environment = {**os.environ, "NULL_CONSUMER": "sleep 600"}
+        run = psutil.Popen([sys.executable, *command], cwd=checkout, env=environment, **nothing)
+        time.sleep(15)  # its worker has started
+        before = run.cpu_times()
+        time.sleep(COUNTED_FOR)
+        after = run.cpu_times()
+        run.terminate()
+        run.wait()
+        spent = after.user + after.system - before.user - before.system
+        print(f"{rate} changes a second: {spent / COUNTED_FOR:.3f} of a core")
+
+
 def cpu_of(command, environment, again):
     """Seconds of CPU in COUNTED_FOR, of a command that stays or is started each second."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -218,6 +247,9 @@ def main():
     if "parts" in args.queues:
         print_parts(args.rounds)
         args.queues.remove("parts")
+    if "changes" in args.queues:
+        print_changes(args.checkout)
+        args.queues.remove("changes")
     has_watch = "AsyncIterable" in str(inspect.signature(null_client.follow))
     for name in args.queues:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
