@@ -219,7 +219,7 @@ class Watch:
 
     def tells_changes_at_once(self):
         """Whether some two lines came within less than the 4 s after which it repeats itself."""
-        return any(after - before < 3 for before, after in itertools.pairwise(self.times))
+        return any(after - before < 3.5 for before, after in itertools.pairwise(self.times))
 
     def ends(self, timeout=30.0):
         """Wait for its end; its status, and what it wrote to standard error."""

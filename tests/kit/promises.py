@@ -1,6 +1,8 @@
 """What each example promises, as checks for their tests."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from urllib.parse import urlsplit
 
 import psutil
@@ -82,10 +84,14 @@ def check_the_watch(example, url, *, last=(0,)):
     example.put(1, 0)
     with example.watch() as watch:
         watch.says(1, 0, *last)
-        for number in (2, 3, 4):
-            example.put(1, 0)
-            watch.says(number, 0, *last)
-        assert watch.tells_changes_at_once()
+        # On a busy machine a look, or a job that is put in, may take as long as a watch is silent.
+        for number in range(1, 21, 4):
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(partial(example.put, 1), [0] * 4))
+            watch.says(number + 4, 0, *last)
+            if watch.tells_changes_at_once():
+                break
+        assert watch.tells_changes_at_once(), watch.times
         lines = len(watch.lines)
         began_at = time.monotonic()
         example.until(lambda: len(watch.lines) > lines, 20)
