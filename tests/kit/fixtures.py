@@ -23,6 +23,7 @@ install(BARE)
 
 LONG = (
     "examples/test_sqs",
+    "test_what_the_lines_of_deploying_send",
     "examples/test_celery",
     "examples/",
     "backlog",
