@@ -132,7 +132,7 @@ def test_sigterm_lets_the_job_be_finished(rq):
 
 
 @pytest.mark.long
-def test_a_retry_that_is_due_later_is_done_before_once_ends(rq, queue, tmp_path):
+def test_a_scheduled_job_is_done_before_once_ends(rq, queue, tmp_path):
     queue.enqueue_in(datetime.timedelta(seconds=15), "tasks.work", 0)
     check_that_a_late_job_is_done_before_once_ends(rq, tmp_path)
 

@@ -33,7 +33,7 @@ LENGTH = 8  # bytes that say how long a message is
 ROOM = 100_000  # bytes for the arguments, and for the environment, of a child
 # What is read when Python starts, or when the SDK is imported.
 READ_AT_START = re.compile("PYTHON(?!PATH$)|LC_|LANG|SSL_|VAST_LOG|VAST_URL|IS_DEPLOYMENT|AIOHTTP")
-SHELL = ("sh", "-c", re.compile(r'exec "\$@"((?: [012]?[<>]&-)+)'), "sh")  # see closing()
+CLOSES = re.compile(r'exec "\$@"((?: (?:<|>|2>)&-)+)')  # the line of closing()
 MODULE = re.compile(r"null_\w+|workers\.null\.\w+")
 WANTED = {"close_fds": True, "preexec_fn": None, "shell": False, "startupinfo": None}
 WANTED |= {"gid": None, "gids": None, "uid": None, "umask": -1, "process_group": -1}
@@ -147,12 +147,12 @@ def closing(closed, *command):
 
 
 def taken_apart(command):
-    """The command that a shell becomes, and the descriptors that it closes before."""
-    shell, line = command[:4], SHELL[2].fullmatch(os.fspath(command[2])) if command[2:] else None
-    if line is None or [shell[0], shell[1], shell[3:]] != ["sh", "-c", ["sh"]]:
+    """What the shell of closing() becomes, and the descriptors that it closes before."""
+    line = CLOSES.fullmatch(command[2]) if len(command) > 4 else None
+    if line is None or [*command[:2], command[3]] != ["sh", "-c", "sh"]:
         return command, set()
-    numbers = [word[0] if word[0].isdigit() else "01"[word[0] == ">"] for word in line[1].split()]
-    return command[4:], set(map(int, numbers))
+    descriptors = {"<&-": 0, ">&-": 1, "2>&-": 2}
+    return command[4:], {descriptors[word] for word in line[1].split()}
 
 
 def execute_child(popen, *arguments, **named):
