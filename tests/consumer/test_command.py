@@ -1,5 +1,6 @@
 """null_consumer.py: COMMAND runs while its worker is reserved, and finds what it needs."""
 
+import asyncio
 import json
 import os
 import signal
@@ -70,6 +71,7 @@ async def test_a_lease_is_renewed_as_long_as_it_takes_and_never_piled_up(vast, w
             held = await lease(worker)
             assert held["session_id"] in (session_id, None)
             assert held.get("time_to_live", 0) <= 4.01
+            await asyncio.sleep(0.05)
         await running.until_said("released")
         assert not running.said("over")
 
@@ -103,6 +105,7 @@ async def test_output_that_nobody_reads_holds_up_no_renewal(vast, worker, tmp_pa
                     if (tmp_path / "ended").exists():
                         break
                     assert held == session_id
+                    await asyncio.sleep(0.05)
                 await eventually(lambda: is_free(worker))
                 (tmp_path / "began").unlink()
                 (tmp_path / "ended").unlink()

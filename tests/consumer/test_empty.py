@@ -14,8 +14,8 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def quick(tmp_path):
-    """A second between two looks at what waits, and a second for each."""
-    return driver(tmp_path, "null_consumer.EMPTY_EVERY = null_consumer.EMPTY_WAIT = 1.0")
+    """Little time between two looks at what waits, and a second for each."""
+    return driver(tmp_path, "null_consumer.EMPTY_EVERY, null_consumer.EMPTY_WAIT = 0.2, 1.0")
 
 
 def looks(folder):

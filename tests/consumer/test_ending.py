@@ -94,6 +94,7 @@ async def test_a_signal_asks_command_alone_and_its_job_is_finished(
         await running.until_printed("asked")
         while not running.printed("job done"):
             assert await held(worker, session_id)
+            await asyncio.sleep(0.05)
         assert await running.status() == 128 + number
         assert running.printed("child done") and not running.printed("child asked")
         assert running.said(f"released session={session_id}")
@@ -110,6 +111,7 @@ async def test_in_a_pipeline_the_consumer_is_asked_and_not_who_reads_it(
         running.signal()
         while not running.printed("job done"):
             assert await held(worker, session_id)
+            await asyncio.sleep(0.05)
         assert await running.status() == 143
         assert running.said(f"released session={session_id}")
         written = (tmp_path / "log").read_text().splitlines()

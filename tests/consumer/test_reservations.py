@@ -74,6 +74,7 @@ print("done")
         running.process.send_signal(signal.SIGTERM)
         while "job done" not in running.output():
             assert await held(worker, session_id)
+            await asyncio.sleep(0.05)
         assert await running.status() == 0
         assert running.output() == f"began {session_id}\njob done\ndone\n"
         assert await is_free(worker)
@@ -197,6 +198,7 @@ for lease in reservations():
         while "slept True" not in running.output():
             got = await lease(worker)
             assert got["session_id"] == session_id and got["time_to_live"] <= 2.01
+            await asyncio.sleep(0.05)
         await eventually(lambda: is_free(worker))
 
 

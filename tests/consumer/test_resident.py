@@ -48,6 +48,7 @@ async def test_it_stays_through_five_reservations_and_loads_once(vast, worker, t
                 while time.monotonic() < start + 5:
                     assert await held(worker, session_id)
                     assert (await lease(worker))["time_to_live"] <= 2.01
+                    await asyncio.sleep(0.05)
             if number % 2:  # the dispatcher ends it
                 await release(worker, session_id)
             else:  # it has nothing more to do

@@ -72,7 +72,7 @@ def test_stalled_jobs_come_back_while_no_worker_runs_and_go_aside_the_third_time
         with bullmq.consumer() as consumer:
             bullmq.until(lambda: redis.llen("bull:jobs:active") == 1)
             consumer.kill()
-        bullmq.until(lambda: bullmq.backlog() == (1, 0, 0))
+        bullmq.until_counted(1, 0, 0)
     with bullmq.consumer() as consumer:
         assert consumer.wait(30) == 0
     assert bullmq.results() == ["jobs:1 aside: job stalled more than allowable limit"]

@@ -81,7 +81,7 @@ def test_a_job_in_hand_outlives_its_worker_also_while_no_other_runs(forgetful, r
     with forgetful.consumer() as consumer:
         forgetful.until(lambda: redis.hlen("unacked") == 1)
         kill(consumer, *psutil.Process(consumer.pid).children(recursive=True))
-    forgetful.until(lambda: forgetful.backlog() == (1, 0))
+    forgetful.until_counted(1, 0)
 
 
 def test_sigterm_lets_a_job_be_finished_and_gives_back_those_not_begun(celery, redis, due_later):

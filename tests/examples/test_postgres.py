@@ -53,11 +53,11 @@ def test_sigterm_lets_the_job_be_finished(postgres):
 def test_who_was_too_slow_finishes_nothing(database_url):
     """Its lease has run out, and another has the job."""
     slow = Example("postgres", DATABASE_URL=database_url, LEASE="3600")
-    slow.put(1, 12)
+    slow.put(1, 9)
     with slow.consumer() as first, psycopg.connect(database_url, autocommit=True) as connection:
-        slow.until(lambda: slow.backlog() == (0, 1, 0))
+        slow.until_counted(0, 1, 0)
         connection.execute("UPDATE jobs SET taken_until = now(), what = '60'")
         with slow.consumer():
-            slow.until(lambda: slow.backlog() == (0, 1, 0))
+            slow.until_counted(0, 1, 0)
             assert first.wait(60) == 0
             assert slow.backlog() == (0, 1, 0)

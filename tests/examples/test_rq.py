@@ -83,6 +83,7 @@ def test_all_are_done_though_a_consumer_is_killed_and_poisoned_jobs_go_aside(rq,
         rq,
         tmp_path,
         end=(0, 0, 20),
+        counted_by="--backlog",
         after_kill=lambda: let_heartbeats_run_out(high) + let_heartbeats_run_out(low),
     )
     assert sorted(tries_left(high) + tries_left(low)) in (

@@ -133,12 +133,18 @@ class Example:
 
     @contextlib.contextmanager
     def watch(self, *queues):
-        """`backlog --watch`, whose lines are read as they come; killed at the end."""
-        watch = Watch([self.folder / "backlog", "--watch", *queues], self.environment)
+        """`backlog --watch`, whose lines are read as they come; killed at the end, and not before."""
+        environment = {**self.environment, MARK: uuid.uuid4().hex}
+        watch = Watch([self.folder / "backlog", "--watch", *queues], environment)
         try:
             yield watch
         finally:
             watch.close()
+
+    def until_counted(self, *numbers, timeout=60.0):
+        """Wait until these are the numbers; one process looks, where each start takes long."""
+        with self.watch() as watch:
+            watch.says(*numbers, timeout=timeout)
 
     @contextlib.contextmanager
     def consumer(self, *queues):
@@ -175,9 +181,9 @@ class Example:
         return _wait_for(condition, timeout, lambda: True, lambda: self.name, pause=0.5)
 
     @contextlib.contextmanager
-    def command(self, folder, *options, queues=(), **variables):
+    def command(self, folder, *options, queues=(), counted_by="--backlog", **variables):
         """The two lines of this example with `--local`; what it says goes to a file in `folder`."""
-        run = Run(self, folder, options, queues, variables)
+        run = Run(self, folder, options, queues, counted_by, variables)
         try:
             yield run
         finally:
@@ -209,8 +215,12 @@ class Watch:
 
     def says(self, *numbers, timeout=30.0):
         """Wait until its latest line has these numbers."""
+        self.until(lambda latest: latest == numbers, timeout)
+
+    def until(self, condition, timeout=30.0):
+        """Wait until the numbers of its latest line are such."""
         _wait_for(
-            lambda: self.lines[-1:] == [numbers],
+            lambda: self.lines and condition(self.lines[-1]),
             timeout,
             lambda: self.process.poll() is None,
             lambda: str(self.lines[-20:]),
@@ -235,16 +245,17 @@ class Watch:
 
 
 class Run:
-    """`python null_client.py --local --backlog ...` in a process of its own."""
+    """`python null_client.py --local --backlog ...` in a process of its own, or `--watch`."""
 
-    def __init__(self, example, folder, options, queues, variables):
+    def __init__(self, example, folder, options, queues, counted_by, variables):
         self.example = example
         self.log = folder / "command.log"
         self.most_workers = 0
         relative = f"examples/{example.name}"
-        backlog = " ".join([f"{relative}/backlog", *queues])
+        stays = ["--watch"] if counted_by == "--watch" else []
+        backlog = " ".join([f"{relative}/backlog", *stays, *queues])
         consumer = " ".join([f"{relative}/consumer", *queues])
-        command = [sys.executable, "null_client.py", "--local", "--backlog", backlog]
+        command = [sys.executable, "null_client.py", "--local", counted_by, backlog]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, *options],

@@ -21,22 +21,21 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 install(BARE)
 
 
-LONG = (
-    "examples/test_sqs",
-    "test_what_the_lines_of_deploying_send",
-    "examples/test_celery",
-    "examples/",
-    "backlog",
-    "deploy",
-    "readme",
-    "clock",
-    "drain",
-)
+# The longest first: at the end all processes but one would wait for it.
+BUSY = ("lines_of_deploying_send", "is_killed", "examples/", "deploy", "test_its_jobs")
+IDLE = ("key_server", "backlog", "clock", "empty", "drain", "local_consumer", "health", "streams")
+IDLE_FOR_EACH_BUSY = 6
 
 
 def pytest_collection_modifyitems(items):
-    """The long ones first: all processes but one would wait for a long one that comes last."""
-    items.sort(key=lambda item: [word not in item.nodeid for word in LONG])
+    """What takes long is begun early, and what keeps the processors busy beside what waits."""
+    items.sort(key=lambda item: [word not in item.nodeid for word in (*BUSY, *IDLE)])
+    count = sum(any(word in item.nodeid for word in BUSY) for item in items)
+    busy, idle = items[:count], items[count:]
+    items.clear()
+    for number, item in enumerate(busy):
+        items += [item, *idle[number * IDLE_FOR_EACH_BUSY : (number + 1) * IDLE_FOR_EACH_BUSY]]
+    items += idle[len(busy) * IDLE_FOR_EACH_BUSY :]
 
 
 def pytest_unconfigure():

@@ -30,7 +30,7 @@ HERE = Path(__file__).parents[2]
 ZYGOTE = Path(__file__).parent / "zygote" / "zygote.py"  # alone: its folder is on its path
 PR_SET_CHILD_SUBREAPER = 36
 LENGTH = 8  # bytes that say how long a message is
-ROOM = 100_000  # bytes for the arguments, and for the environment, of a child
+ROOM = 12_000  # bytes for the arguments, and for the environment, of a child
 # What is read when Python starts, or when the SDK is imported.
 READ_AT_START = re.compile("PYTHON(?!PATH$)|LC_|LANG|SSL_|VAST_LOG|VAST_URL|IS_DEPLOYMENT|AIOHTTP")
 CLOSES = re.compile(r'exec "\$@"((?: (?:<|>|2>)&-)+)')  # the line of closing()

@@ -11,7 +11,15 @@ QUEUES = ("high", "low")
 
 
 def check_a_run_in_which_much_goes_wrong(
-    example, folder, *, end, dies=0, after_kill=None, queues=(*QUEUES, "other"), **variables
+    example,
+    folder,
+    *,
+    end,
+    dies=0,
+    after_kill=None,
+    queues=(*QUEUES, "other"),
+    counted_by="--watch",
+    **variables,
 ):
     """Eighteen jobs of a second in two queues, two that never end well, and a consumer is killed.
 
@@ -26,7 +34,8 @@ def check_a_run_in_which_much_goes_wrong(
     example.put(9, queue=low)
     example.put(1, 0, queue=other)
     options = ("--max", "3", "--settle", "3", "--once")
-    with example.command(folder, *options, queues=(high, low), **variables) as run:
+    counted = {"queues": (high, low), "counted_by": counted_by}
+    with example.command(folder, *options, **counted, **variables) as run:
         with example.watch(high, low) as watch:
             run.until(lambda: watch.lines and watch.lines[-1][1] == 3)
         run.kill_consumer()
@@ -50,28 +59,30 @@ def check_named_queues_without_a_worker(example, *, last=(0,), ends=True):
     `last` is the third number of a queue that is new, or nothing. `ends` says whether the consumer
     ends by itself when nothing waits.
     """
+    all_done = (0, 0, *(3 for _ in last))
     assert example.backlog(*QUEUES) == (0, 0, *last)
-    example.put(2, 0, queue="high")
-    example.put(1, 0, queue="low")
-    example.put(1, 0, queue="other")
-    assert example.backlog(*QUEUES) == (3, 0, *last)
-    assert example.backlog() == (0, 0, *last)
-    with example.consumer(*QUEUES) as consumer:
-        if ends:
+    with example.watch(*QUEUES) as watch:
+        example.put(2, 0, queue="high")
+        example.put(1, 0, queue="low")
+        example.put(1, 0, queue="other")
+        watch.says(3, 0, *last)
+        with example.consumer(*QUEUES) as consumer:
+            if not ends:
+                watch.says(*all_done, timeout=60)
+                consumer.terminate()
             assert consumer.wait(60) == 0
-        else:
-            example.until(lambda: example.outcomes(*QUEUES) == (3, 0))
-            consumer.terminate()
-            assert consumer.wait(60) == 0
-    assert example.backlog(*QUEUES) == (0, 0, *(3 for _ in last))
+        watch.says(*all_done)
+    assert example.backlog(*QUEUES) == all_done
     assert example.outcomes(*QUEUES) == (3, 0)
+    assert example.backlog() == (0, 0, *last)
     assert example.backlog("other")[:2] == (1, 0)
 
 
 def check_that_a_late_job_is_done_before_once_ends(example, folder, **variables):
     """A job was put in that is due in 15 s. `--settle` has its default, which is longer."""
     assert example.backlog()[:2] == (0, 0)
-    with example.command(folder, "--once", "--max", "1", **variables) as run:
+    options = ("--once", "--max", "1")
+    with example.command(folder, *options, counted_by="--watch", **variables) as run:
         assert run.status() == 0, run.said()
     assert example.outcomes() == (1, 0), run.said()
 
@@ -84,11 +95,14 @@ def check_the_watch(example, url, *, last=(0,)):
     example.put(1, 0)
     with example.watch() as watch:
         watch.says(1, 0, *last)
-        # On a busy machine a look, or a job that is put in, may take as long as a watch is silent.
-        for number in range(1, 21, 4):
+        # On a busy machine a look, or a job that is put in, may take as long as a watch is silent:
+        # then several are put in at the same time.
+        number = 1
+        for more in (1, 4, 4, 4, 4):
             with ThreadPoolExecutor() as pool:
-                list(pool.map(partial(example.put, 1), [0] * 4))
-            watch.says(number + 4, 0, *last)
+                list(pool.map(partial(example.put, 1), [0] * more))
+            number += more
+            watch.says(number, 0, *last)
             if watch.tells_changes_at_once():
                 break
         assert watch.tells_changes_at_once(), watch.times

@@ -9,7 +9,7 @@ import threading
 import uuid
 from urllib.parse import urlsplit
 
-from tests.kit.example import MARK, Example
+from tests.kit.example import Example
 
 AT_ONCE, LATE = 4, 5  # reservations at most, by when a killed worker's job comes back
 ONCE = ("--max", "3", "--once")
@@ -66,15 +66,17 @@ def check_that_jobs_are_done_once_though_a_consumer_is_killed(example, folder, m
     and one more for its job where that comes back only when all others are done.
     """
     high, low, other = queue_names(3)
-    example.put(9, 3, queue=high)  # so long that three are at work at once on a crowded machine
-    example.put(9, 3, queue=low)
+    example.put(9, 2, queue=high)  # so long that three are at work at once on a crowded machine
+    example.put(9, 2, queue=low)
     example.put(2, queue=other)
     assert example.backlog(high, low, "nobody-has-made-it")[0] == 18
     variables = {} if ends else {"NULL_EMPTY": f"examples/{example.name}/backlog {high} {low}"}
     options = (*ONCE, "--settle", "3")
-    with example.command(folder, *options, queues=(high, low), **variables) as run:
-        run.until(lambda: len(run.consumers()) == 3)  # each in a session of its own
-        run.until(lambda: example.backlog(high, low)[0] <= 15)
+    counted = {"queues": (high, low), "counted_by": "--watch"}
+    with example.command(folder, *options, **counted, **variables) as run:
+        with example.watch(high, low) as watch:
+            run.until(lambda: len(run.consumers()) == 3)  # each in a session of its own
+            watch.until(lambda latest: latest[0] <= 15)
         run.kill_consumer()
         assert run.status() == 0
         assert example.processes() == []
@@ -95,7 +97,7 @@ def check_that_bad_jobs_go_aside_and_late_ones_are_done(example, folder, put_lat
     example.put(1, "kill", queue=queue)
     example.put(2, queue=queue)
     put_late(queue, 15)
-    with example.command(folder, *ONCE, queues=(queue,)) as run:
+    with example.command(folder, *ONCE, queues=(queue,), counted_by="--watch") as run:
         assert run.status() == 0
         assert example.processes() == []
         assert reservations(run) <= 8, run.said()
@@ -112,7 +114,7 @@ def check_that_the_watch_tells_of_each_change(example, variable):
     (queue,) = queue_names(1)
     with way_to(example.environment[variable]) as (url, cut):
         through = Example(example.name)
-        through.environment = {**example.environment, variable: url, MARK: through.mark}
+        through.environment = {**example.environment, variable: url}
         with through.watch(queue) as watch:
             example.until(lambda: watch.lines)
             example.put(2, 0, queue=queue)
@@ -131,9 +133,9 @@ def check_that_the_watch_tells_of_each_change(example, variable):
 
 def check_that_sigterm_lets_the_job_be_finished(example):
     (queue,) = queue_names(1)
-    example.put(2, 8, queue=queue)
-    with example.consumer(queue) as consumer:
-        example.until(lambda: example.backlog(queue)[0] == 1)
+    example.put(2, 6, queue=queue)
+    with example.watch(queue) as watch, example.consumer(queue) as consumer:
+        watch.until(lambda latest: latest[0] == 1)
         consumer.terminate()
         assert consumer.wait(30) == 0
     assert example.outcomes(queue) == (1, 0)
