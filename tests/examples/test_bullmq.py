@@ -50,7 +50,6 @@ def redis(redis_url):
         yield redis
 
 
-@pytest.mark.long
 def test_all_are_done_though_a_consumer_is_killed_and_poisoned_jobs_go_aside(hasty, tmp_path):
     check_a_run_in_which_much_goes_wrong(hasty, tmp_path, end=(0, 0, 20), dies=4)
     reasons = [line.split(maxsplit=2)[2] for line in hasty.results(*QUEUES) if "aside" in line]

@@ -57,7 +57,6 @@ def deliveries(redis):
     return redis.info("commandstats")["cmdstat_hset"]["calls"]
 
 
-@pytest.mark.long
 def test_all_are_done_though_a_consumer_is_killed_and_poisoned_jobs_go_aside(
     forgetful, redis, tmp_path
 ):

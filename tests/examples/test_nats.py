@@ -24,7 +24,6 @@ def url(tmp_path):
         yield url
 
 
-@pytest.mark.long
 def test_all_are_done_though_a_consumer_is_killed_and_poisoned_jobs_go_aside(url, tmp_path):
     nats = Example("nats", NATS_URL=url, NATS_ACK_WAIT="3")
     check_a_run_in_which_much_goes_wrong(nats, tmp_path, end=(0, 0, 20), dies=3)

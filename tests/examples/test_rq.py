@@ -128,8 +128,10 @@ def test_a_scheduled_job_waits_as_soon_as_it_is_due(rq, queue):
     assert rq.backlog() == (0, 0, 1)
 
 
-def test_sigterm_lets_the_job_be_finished(rq):
-    check_that_sigterm_lets_the_job_be_finished(rq)
+def test_sigterm_lets_the_job_be_finished(rq, redis):
+    check_that_sigterm_lets_the_job_be_finished(
+        rq, lambda name: begun(Queue(name, connection=redis)) == 1
+    )
 
 
 @pytest.mark.long

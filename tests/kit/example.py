@@ -133,7 +133,7 @@ class Example:
 
     @contextlib.contextmanager
     def watch(self, *queues):
-        """`backlog --watch`, whose lines are read as they come; killed at the end, and not before."""
+        """`backlog --watch`, whose lines are read as they come; killed at the end, not before."""
         environment = {**self.environment, MARK: uuid.uuid4().hex}
         watch = Watch([self.folder / "backlog", "--watch", *queues], environment)
         try:

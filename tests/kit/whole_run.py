@@ -131,11 +131,13 @@ def check_that_the_watch_tells_of_each_change(example, variable):
     assert errors.startswith("backlog: "), errors
 
 
-def check_that_sigterm_lets_the_job_be_finished(example):
+def check_that_sigterm_lets_the_job_be_finished(example, begun=lambda _queue: True):
+    """`begun` says whether the job of a queue is worked on: it may be taken before it is."""
     (queue,) = queue_names(1)
     example.put(2, 6, queue=queue)
     with example.watch(queue) as watch, example.consumer(queue) as consumer:
         watch.until(lambda latest: latest[0] == 1)
+        example.until(lambda: begun(queue))
         consumer.terminate()
         assert consumer.wait(30) == 0
     assert example.outcomes(queue) == (1, 0)
