@@ -21,21 +21,23 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 install(BARE)
 
 
-# The longest first: at the end all processes but one would wait for it.
-BUSY = ("lines_of_deploying_send", "is_killed", "examples/", "deploy", "test_its_jobs")
-IDLE = ("key_server", "backlog", "clock", "empty", "drain", "local_consumer", "health", "streams")
-IDLE_FOR_EACH_BUSY = 6
+LONG = ("examples/", "client/test_backlog.py", "worker/test_clock", "test_deploy", "test_its_jobs")
 
 
 def pytest_collection_modifyitems(items):
-    """What takes long is begun early, and what keeps the processors busy beside what waits."""
-    items.sort(key=lambda item: [word not in item.nodeid for word in (*BUSY, *IDLE)])
-    count = sum(any(word in item.nodeid for word in BUSY) for item in items)
-    busy, idle = items[:count], items[count:]
-    items.clear()
-    for number, item in enumerate(busy):
-        items += [item, *idle[number * IDLE_FOR_EACH_BUSY : (number + 1) * IDLE_FOR_EACH_BUSY]]
-    items += idle[len(busy) * IDLE_FOR_EACH_BUSY :]
+    """All files side by side: what keeps the processors busy runs beside what waits.
+
+    What takes long isn't among the last, where all other processes would wait for it.
+    """
+    long = [item for item in items if any(word in item.nodeid for word in LONG)]
+    places = {item: 0.7 * index / len(long) for index, item in enumerate(long)}
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    for number, of_file in enumerate(files.values()):
+        for index, item in enumerate(of_file):
+            places.setdefault(item, (index + number / len(files)) / len(of_file))
+    items.sort(key=places.get)
 
 
 def pytest_unconfigure():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from null_local import KEPT_PREFIX
+from null_local import KEPT_PREFIX, Folder
 from tests.kit.environment import HERE
 from tests.kit.processes import listening_ports, marked
 
@@ -50,6 +50,8 @@ class Outside:
             if not processes:
                 break
             time.sleep(0.1)
+        with Folder():  # the next LocalVast removes what one that was killed has left
+            pass
         lines = [f"process {pid} {name}, ports {ports.get(pid)}" for pid, name in processes.items()]
         folders = {path.name for path in Path(self.folder).iterdir()}
         lines += [f"{self.folder}/{name}" for name in folders if not name.startswith(STAYS)]
