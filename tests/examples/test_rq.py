@@ -103,13 +103,17 @@ def test_the_watch_tells_a_change_at_once_and_ends_with_its_server(rq):
     check_the_watch(rq, rq.environment["REDIS_URL"])
 
 
-def test_a_job_of_one_of_two_queues_is_in_hand_though_its_worker_died_when_it_had_taken_it(rq):
+def test_of_two_queues_a_job_comes_back_whose_worker_died_when_it_had_just_taken_it(rq, redis):
     rq.put(1, 0, queue="low")
     taken = rb"L(POP|MOVE)\r\n\$\d+\r\nrq:queue:low\r\n"
     with way_to(rq.environment["REDIS_URL"], last=taken) as (url, _), rq.watch(*QUEUES) as watch:
         with Example("rq", REDIS_URL=url).consumer(*QUEUES):
             watch.says(0, 1, 0)
         assert rq.backlog(*QUEUES) == (0, 1, 0)
+    taken_jobs = Queue("low", connection=redis).intermediate_queue
+    (job_id,) = taken_jobs.get_job_ids()
+    redis.set(taken_jobs.get_first_seen_key(job_id), 0)  # it was seen there long ago: a minute
+    assert rq.backlog(*QUEUES) == (1, 0, 0)
 
 
 @pytest.mark.long
