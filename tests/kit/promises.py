@@ -34,8 +34,9 @@ def check_a_run_in_which_much_goes_wrong(
     example.put(9, queue=low)
     example.put(1, 0, queue=other)
     options = ("--max", "3", "--settle", "3", "--once")
-    counted = {"queues": (high, low), "counted_by": counted_by}
-    with example.command(folder, *options, **counted, **variables) as run:
+    with example.command(
+        folder, *options, queues=(high, low), counted_by=counted_by, **variables
+    ) as run:
         with example.watch(high, low) as watch:
             run.until(lambda: watch.lines and watch.lines[-1][1] == 3)
         run.kill_consumer()

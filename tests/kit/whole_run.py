@@ -81,8 +81,9 @@ def check_that_jobs_are_done_once_though_a_consumer_is_killed(example, folder, m
     assert example.backlog(high, low, "nobody-has-made-it")[0] == 18
     variables = {} if ends else {"NULL_EMPTY": f"examples/{example.name}/backlog {high} {low}"}
     options = (*ONCE, "--settle", "3")
-    counted = {"queues": (high, low), "counted_by": "--watch"}
-    with example.command(folder, *options, **counted, **variables) as run:
+    with example.command(
+        folder, *options, queues=(high, low), counted_by="--watch", **variables
+    ) as run:
         with example.watch(high, low) as watch:
             run.until(lambda: len(run.consumers()) == 3)  # each in a session of its own
             watch.until(lambda latest: latest[0] <= 15)
