@@ -45,9 +45,6 @@ def around(seconds: float, sigma: float = 0.5) -> Any:
 
 HOUR = 3600.0
 
-# A scenario is a row of a table.
-# fmt: off
-
 
 def scenarios() -> list[Scenario]:
     S = Scenario
