@@ -54,6 +54,7 @@ __all__ = ["TROUBLES", "Jobs", "NotCounted", "Progress", "Stuck", "follow"]
 LIST_TIMEOUT = 10.0  # seconds for Vast's list
 BACKLOG_TIMEOUT = 20.0  # seconds for the backlog to be counted
 WATCH_PAUSE = 0.1  # seconds between two readings of a backlog that tells its changes
+WATCH_LAG = 1.0  # seconds by which what it told last may be behind
 
 IDLE_AFTER = 120.0  # seconds without a job after which a reserved worker is told
 WAITING_AFTER = 600.0  # seconds without a new worker after which that is told
@@ -262,6 +263,8 @@ class OwnReservations:
 class _Asked:
     """A backlog that is a function: it is called at each look."""
 
+    lag = 0.0  # seconds by which an answer may be behind
+
     def __init__(self, function: Callable[[], Awaitable[object]]) -> None:
         self.changed = asyncio.Event()  # never
         self._function = function
@@ -276,6 +279,8 @@ class _Asked:
 
 class _Watched:
     """A backlog that is an async iterator: its latest answer counts."""
+
+    lag = WATCH_LAG
 
     def __init__(self, answers: AsyncIterable[object]) -> None:
         self.changed = asyncio.Event()  # a look may see something new
@@ -470,6 +475,7 @@ class _Follower:
         """Wait for `every` seconds since the last look.
 
         Not for so long when the backlog tells a change, or a reservation has ended: then a second.
+        A backlog that tells its changes may not have told yet what a consumer did before its end.
         """
         some_end = asyncio.ensure_future(self._own.some_end.wait())
         change = asyncio.ensure_future(self._backlog.changed.wait())
@@ -479,6 +485,8 @@ class _Follower:
                 timeout=began_at + every - time.monotonic(),
                 return_when=asyncio.FIRST_COMPLETED,
             )
+            if some_end.done() and not change.done():
+                await asyncio.wait({change}, timeout=self._backlog.lag)
             pause = WATCH_PAUSE if change.done() else 1.0
         finally:
             some_end.cancel()

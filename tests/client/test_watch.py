@@ -15,6 +15,7 @@ from null_backlog import Jobs, NotCounted
 from null_count import restart_pause, watch_backlog
 from tests.kit.following import following
 from tests.kit.waiting import eventually
+from tests.kit.worker import release
 
 pytestmark = pytest.mark.anyio
 
@@ -134,6 +135,32 @@ async def test_a_change_is_looked_at_at_once(vast):
         await eventually(lambda: this.progress.jobs == Jobs(0, 0))
         turn.set()
         await eventually(lambda: this.numbers == (1, 0), timeout=20)  # 60 by --every
+
+
+@pytest.mark.parametrize("then", [(0, 0), None])
+async def test_a_watch_gets_a_second_to_tell_what_a_consumer_did_before_its_end(vast, then):
+    """The job that it told last may be done. When it tells nothing, the job still waits."""
+    turn = asyncio.Event()
+
+    async def watched():
+        yield 1, 0
+        await turn.wait()
+        yield then
+        await asyncio.Event().wait()
+
+    async with following(vast, every=60, backlog=watched()) as this:
+        await eventually(lambda: this.numbers == (1, 0))
+        await asyncio.sleep(1.2)  # the last look is so long ago that the next may come at once
+        for worker in vast.workers.values():
+            await release(worker)
+        await eventually(lambda: this.progress.own == 0)
+        if then is None:
+            await eventually(lambda: this.opened == 2, timeout=20)  # 60 by --every
+            return
+        await asyncio.sleep(0.3)
+        turn.set()
+        await eventually(lambda: this.progress.jobs == Jobs(*then))
+        assert (this.numbers, this.opened) == ((0, 0), 1)
 
 
 async def test_a_thousand_changes_a_second_are_ten_looks(vast):
