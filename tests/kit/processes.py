@@ -44,6 +44,7 @@ def marked(mark):
         with contextlib.suppress(OSError):
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             if mark.encode() in environment:
+                strangers.pop(pid, None)  # it was seen between its fork and its exec
                 found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
             else:
                 strangers.setdefault(pid, now)
