@@ -45,9 +45,10 @@ class Command:
 def child_of(worker):
     """The process id of the worker's null_consumer.py."""
     for children in Path(f"/proc/{worker.process.pid}/task").glob("*/children"):
-        for pid in children.read_text().split():
-            if b"null_consumer.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return int(pid)
+        with contextlib.suppress(OSError):  # a thread or a process that ends meanwhile
+            for pid in children.read_text().split():
+                if b"null_consumer.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return int(pid)
     return None
 
 
