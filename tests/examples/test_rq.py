@@ -123,7 +123,8 @@ def test_a_job_that_takes_its_whole_worker_with_it_goes_aside_the_third_time(rq,
         assert rq.backlog() == (1, 0, 0)
         with rq.consumer() as consumer:
             rq.until(lambda: begun(queue) == 1)
-            kill(*psutil.Process(consumer.pid).children(recursive=True), consumer)
+            # The worker first: it gives back the job of a child that is killed.
+            kill(consumer, *psutil.Process(consumer.pid).children(recursive=True))
         assert rq.backlog() == (0, 1, 0)
         assert let_heartbeats_run_out(queue) == 1
     assert rq.backlog() == (0, 0, 1)

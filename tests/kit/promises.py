@@ -23,9 +23,12 @@ def check_a_run_in_which_much_goes_wrong(
 ):
     """Eighteen jobs of a second in two queues, two that never end well, and a consumer is killed.
 
-    All its processes are, once three jobs are in hand. `after_kill` makes up for the time that the
-    system takes to give a dead worker's job back. `end` is what the last count must be, and `dies`
-    how many consumers the job takes with it that kills its process.
+    All its processes are, once each consumer has a job in hand, two at least: three reservations
+    that end within a second may be on Vast's list together for a while, and one of them then counts
+    as somebody else's.
+    `after_kill` makes up for the time that the system takes to give a dead worker's job back. `end`
+    is what the last count must be, and `dies` how many consumers the job takes with it that kills
+    its process.
     """
     high, low, other = queues
     example.put(1, "fail", queue=high)
@@ -38,7 +41,7 @@ def check_a_run_in_which_much_goes_wrong(
         folder, *options, queues=(high, low), counted_by=counted_by, **variables
     ) as run:
         with example.watch(high, low) as watch:
-            run.until(lambda: watch.lines and watch.lines[-1][1] == 3)
+            run.until(lambda: watch.lines and watch.lines[-1][1] == max(2, len(run.consumers())))
         run.kill_consumer()
         if after_kill:
             run.until(after_kill)
