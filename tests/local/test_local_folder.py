@@ -48,11 +48,16 @@ async def test_a_killed_localvast_leaves_no_worker_and_its_folder_to_the_next():
         await eventually(lambda: processes_of(folder) == [], timeout=5)
         os.kill(int(child), signal.SIGKILL)
         await eventually(lambda: not holds(int(child), folder))
-        async with FaultyVast(control_port=None):
-            assert not Path(folder).exists()
+        await eventually(lambda: the_next_one_removes(folder))
     finally:
         with contextlib.suppress(ProcessLookupError):
             program.kill()
+
+
+async def the_next_one_removes(folder):
+    """Not at once where the last thread of a killed worker, or another one that starts, has it."""
+    async with FaultyVast(control_port=None):
+        return not Path(folder).exists()
 
 
 IN_ANOTHER_CONTAINER = (
