@@ -137,9 +137,9 @@ async def test_a_change_is_looked_at_at_once(vast):
         await eventually(lambda: this.numbers == (1, 0), timeout=20)  # 60 by --every
 
 
-@pytest.mark.parametrize("then", [(0, 0), None])
-async def test_a_watch_gets_a_second_to_tell_what_a_consumer_did_before_its_end(vast, then):
-    """The job that it told last may be done. When it tells nothing, the job still waits."""
+@contextlib.asynccontextmanager
+async def one_that_has_ended(vast, then):
+    """A watch that tells of one job, a reservation for it that has ended, and what is told then."""
     turn = asyncio.Event()
 
     async def watched():
@@ -154,13 +154,20 @@ async def test_a_watch_gets_a_second_to_tell_what_a_consumer_did_before_its_end(
         for worker in vast.workers.values():
             await release(worker)
         await eventually(lambda: this.progress.own == 0)
-        if then is None:
-            await eventually(lambda: this.opened == 2, timeout=20)  # 60 by --every
-            return
+        yield this, turn
+
+
+async def test_a_watch_gets_a_second_to_tell_what_a_consumer_did_before_its_end(vast):
+    async with one_that_has_ended(vast, then=(0, 0)) as (this, turn):
         await asyncio.sleep(0.3)
         turn.set()
-        await eventually(lambda: this.progress.jobs == Jobs(*then))
+        await eventually(lambda: this.progress.jobs == Jobs(0, 0))
         assert (this.numbers, this.opened) == ((0, 0), 1)
+
+
+async def test_a_watch_that_tells_nothing_after_an_end_is_believed_that_the_job_waits(vast):
+    async with one_that_has_ended(vast, then=None) as (this, _):
+        await eventually(lambda: this.opened == 2, timeout=20)  # 60 by --every
 
 
 async def test_a_thousand_changes_a_second_are_ten_looks(vast):

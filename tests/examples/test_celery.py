@@ -84,7 +84,7 @@ def test_a_job_in_hand_outlives_its_worker_also_while_no_other_runs(forgetful, r
 
 
 def test_sigterm_lets_a_job_be_finished_and_gives_back_those_not_begun(celery, redis, due_later):
-    """In the moment of its first job a worker may both finish it and give it back."""
+    """It does a job before: at its very first it may both finish it and give it back."""
     celery.put(1, 0)
     with celery.consumer() as consumer:
         celery.until(lambda: celery.results() and redis.hlen("unacked") == 1)

@@ -40,7 +40,7 @@ def test_the_watch_tells_what_waits_while_a_worker_works(celery):
         watch.says(0)
         celery.put(1, 0, queue=queue)
         with celery.consumer(queue) as consumer:
-            celery.until(lambda: celery.outcomes(queue) == (1, 0))  # a first job may be done twice
+            celery.until(lambda: celery.outcomes(queue) == (1, 0))  # see test_celery.py
             celery.put(2, 3, queue=queue)
             watch.says(1, timeout=60)
             consumer.terminate()

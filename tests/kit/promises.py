@@ -23,12 +23,11 @@ def check_a_run_in_which_much_goes_wrong(
 ):
     """Eighteen jobs of a second in two queues, two that never end well, and a consumer is killed.
 
-    All its processes are, once each consumer has a job in hand, two at least: three reservations
-    that end within a second may be on Vast's list together for a while, and one of them then counts
-    as somebody else's.
-    `after_kill` makes up for the time that the system takes to give a dead worker's job back. `end`
-    is what the last count must be, and `dies` how many consumers the job takes with it that kills
-    its process.
+    All its processes are killed, once each consumer has a job in hand. That may be two of three:
+    reservations that end within a second may be on Vast's list together, and one of them counts as
+    somebody else's for a while. `after_kill` makes up for the time that the system takes to give a
+    dead worker's job back. `end` is what the last count must be, and `dies` how many consumers the
+    job takes with it that kills its process.
     """
     high, low, other = queues
     example.put(1, "fail", queue=high)
